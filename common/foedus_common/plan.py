@@ -1,0 +1,361 @@
+"""The plan of a run: every number that coordinator and sites agree on. TOML in, canonical bytes and digest out.
+
+`RunPlan` is what the operator writes. `AgreedPlan` adds what the coordinator solved and prepared for it (run id, noise
+multipliers, the layout of the trained vector, the first adapter) and is what is signed, checked by every site's policy
+and named by its digest from then on. A plan is data: nothing in it is ever executed or imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from foedus_common.canonical import canonical_json, digest
+from foedus_common.errors import LocalError
+from foedus_common.tables import parse, read_toml
+
+TRAINER_VERSION = "foedus-trainer/1"
+"""Names the arithmetic of local training; sites of another version are not in the same round."""
+
+MAX_PLAN_BYTES = 128 * 1024
+
+Group = Literal["head", "adapter"]
+"""A named part of the trained vector that has a learning rate and a scale of its own."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the run is called and what it is for: the words that a site's administrator reads before approving."""
+
+    name: str
+    purpose: str
+    deadline_minutes: float = 30.0  # how long a site may take to train one round
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    sha256: str  # of the model folder's manifest
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str  # the dataset's name at every site
+
+
+@dataclass(frozen=True)
+class Task:
+    kind: Literal["text-classification"]
+    labels: tuple[str, ...]
+    max_length: int = 128  # tokens
+    pooling: Literal["mean", "cls"] = "mean"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    method: Literal["ffa-lora", "fedit"] = "ffa-lora"
+    rank: int = 4
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ("query", "value")
+    layers: str = "all"  # "all", or layer numbers such as "0-2,5"
+    seed: int = 0  # public: the frozen factors A derive from it
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some rounds that train the same part of the vector.
+
+    Under DP: `steps` Poisson-sampled steps a round at `sampling_rate`. Without: `epochs` over the rows in batches of
+    `batch_size`. `learning_rate` is for the adapter (in a head phase: for the head); `head_learning_rate` and
+    `head_scale` are the head's own in an adapter phase. A scale multiplies a group's gradients before the clip.
+    """
+
+    train: Literal["head", "adapter"]
+    rounds: int
+    learning_rate: float
+    steps: int | None = None
+    sampling_rate: float | None = None
+    budget_share: float | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None
+    decay: Literal["none", "linear"] = "none"
+    head_learning_rate: float | None = None
+    head_scale: float = 1.0
+    update_bound: float | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return ("head",) if self.train == "head" else ("head", "adapter")
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    average_last: int = 1  # the adapter that ends a phase is the mean of its last so many rounds
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    min_sites: int = 3
+    max_sites: int = 16
+    colluding: int = 1
+    field_bits: int = 21
+    retries: int = 2
+
+
+@dataclass(frozen=True)
+class Privacy:
+    unit: Literal["record", "none"] = "record"
+    epsilon: float | None = None
+    delta: float | None = None
+    clip: float = 1.0  # L2 bound on one row's gradient, after the groups' scales
+    divisor: int | None = None  # rows; public, the same for every site
+
+    @property
+    def on(self) -> bool:
+        return self.unit != "none"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the operator wrote. Raises LocalError on construction when the numbers contradict one another."""
+
+    run: Run
+    model: Model
+    data: Data
+    task: Task
+    phase: tuple[Phase, ...]
+    privacy: Privacy
+    adapter: Adapter = dataclasses.field(default_factory=Adapter)
+    aggregation: Aggregation = dataclasses.field(default_factory=Aggregation)
+    secure_aggregation: SecureAggregation = dataclasses.field(default_factory=SecureAggregation)
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise LocalError(f"The plan {self.run.name!r} {problem}")
+
+    @property
+    def rounds(self) -> int:
+        return sum(phase.rounds for phase in self.phase)
+
+
+def read_plan(path: Path) -> RunPlan:
+    """The plan in a TOML file. Raises LocalError with one sentence for the first mistake found."""
+    return parse(RunPlan, read_toml(path), f"the plan {path.name}")
+
+
+def _problems(plan: RunPlan) -> Iterator[str]:
+    """Sentences that finish "The plan NAME ...": what cannot be, where, and what to do."""
+    secure, privacy = plan.secure_aggregation, plan.privacy
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", plan.run.name):
+        yield "must be named with small letters, digits and dashes in [run] name (at most 64)."
+    if not re.fullmatch(r"[0-9a-f]{64}", plan.model.sha256):
+        yield "needs 64 hexadecimal digits in [model] sha256; `foedus model add` prints them."
+    if len(plan.task.labels) < 2 or len(set(plan.task.labels)) != len(plan.task.labels):
+        yield "needs at least two different labels in [task] labels."
+    if not 1 <= plan.task.max_length <= 8192:
+        yield "must have [task] max_length between 1 and 8192 tokens."
+    if not 1 <= plan.adapter.rank <= 1024 or plan.adapter.alpha <= 0:
+        yield "must have [adapter] rank between 1 and 1024 and alpha above 0."
+    if not plan.phase:
+        yield "has no [[phase]]; add at least one."
+    if not 3 <= secure.min_sites <= secure.max_sites <= 128:
+        yield "must have 3 <= min_sites <= max_sites <= 128 in [secure_aggregation]; the sum of two reveals the other."
+    if not 0 <= secure.colluding <= secure.min_sites - 2:
+        yield "must have [secure_aggregation] colluding between 0 and min_sites - 2."
+    if not 8 <= secure.field_bits <= 32:
+        yield "must have [secure_aggregation] field_bits between 8 and 32."
+    if secure.retries < 0:
+        yield "must have [secure_aggregation] retries of 0 or more."
+    if privacy.on:
+        yield from _privacy_problems(privacy)
+    elif privacy.epsilon is not None or privacy.delta is not None:
+        yield 'turns privacy off with unit = "none" and yet gives epsilon or delta; remove them.'
+    for number, phase in enumerate(plan.phase, start=1):
+        yield from (f"{problem} (phase {number})" for problem in _phase_problems(phase, privacy.on))
+    if privacy.on and not math.isclose(sum(phase.budget_share or 0 for phase in plan.phase), 1.0, abs_tol=1e-6):
+        yield "must have budget_share values that add up to 1 over its phases."
+    if plan.aggregation.average_last < 1 or not 0 <= plan.aggregation.momentum < 1:
+        yield "must have [aggregation] average_last of 1 or more and momentum in [0, 1)."
+
+
+def _privacy_problems(privacy: Privacy) -> Iterator[str]:
+    if privacy.epsilon is None or not 0 < privacy.epsilon <= 100:
+        yield "needs [privacy] epsilon above 0 and at most 100."
+    if privacy.delta is None or not 0 < privacy.delta <= 1e-3:
+        yield "needs [privacy] delta above 0 and at most 0.001."
+    if privacy.divisor is None or privacy.divisor < 1:
+        yield "needs [privacy] divisor: a public number of rows by which every site divides, 1 or more."
+    if not 0 < privacy.clip <= 1e6:
+        yield "must have [privacy] clip above 0."
+
+
+def _phase_problems(phase: Phase, private: bool) -> Iterator[str]:
+    if phase.rounds < 1 or phase.learning_rate <= 0:
+        yield "must have rounds of 1 or more and learning_rate above 0."
+    if phase.head_scale <= 0 or (phase.head_learning_rate is not None and phase.head_learning_rate <= 0):
+        yield "must have head_scale and head_learning_rate above 0."
+    if private:
+        if phase.epochs is not None or phase.batch_size is not None or phase.optimizer is not None:
+            yield "gives epochs, batch_size or optimizer, which depend on row counts; under DP give steps instead."
+        if phase.steps is None or phase.steps < 1 or phase.sampling_rate is None or not 0 < phase.sampling_rate <= 1:
+            yield "needs steps of 1 or more and sampling_rate in (0, 1]."
+        if phase.budget_share is None or not 0 < phase.budget_share <= 1:
+            yield "needs budget_share in (0, 1]."
+        if phase.update_bound is not None:
+            yield "gives update_bound, which follows from the noise under DP; remove it."
+    else:
+        if phase.steps is not None or phase.sampling_rate is not None or phase.budget_share is not None:
+            yield "gives steps, sampling_rate or budget_share, which belong to DP; without it give epochs instead."
+        if phase.epochs is None or phase.epochs <= 0 or phase.batch_size is None or phase.batch_size < 1:
+            yield "needs epochs above 0 and batch_size of 1 or more."
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One round of the schedule: `index` counts from 0 over the whole run, `phase` is the phase's number from 0."""
+
+    index: int
+    phase: int
+    settings: Phase
+    decay: float  # factor on every learning rate in this round
+
+    def learning_rate(self, group: Group) -> float:
+        settings = self.settings
+        if group == "head" and settings.train == "adapter" and settings.head_learning_rate is not None:
+            return settings.head_learning_rate * self.decay
+        return settings.learning_rate * self.decay
+
+    def scale(self, group: Group) -> float:
+        """Factor on the group's gradients before the clip (public)."""
+        return self.settings.head_scale if group == "head" and self.settings.train == "adapter" else 1.0
+
+
+def schedule(plan: RunPlan) -> tuple[RoundPlan, ...]:
+    """Every round of the run in order; with linear decay the factor falls from 1 to 1/rounds within a phase."""
+    rounds: list[RoundPlan] = []
+    for number, phase in enumerate(plan.phase):
+        for done in range(phase.rounds):
+            decay = (phase.rounds - done) / phase.rounds if phase.decay == "linear" else 1.0
+            rounds.append(RoundPlan(len(rounds), number, phase, decay))
+    return tuple(rounds)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of `length` neighbouring coordinates of the trained vector that belong to one group."""
+
+    group: Group
+    length: int
+
+
+@dataclass(frozen=True)
+class AgreedPlan:
+    """A plan with what the coordinator solved and prepared for it; this is what is signed and approved.
+
+    noise_multipliers: one per phase, in units of the clipping bound; empty without DP.
+    trained: per phase, the trained vector's layout, in order.
+    spec_sha256: digest of the AdapterSpec; first_adapter_sha256: of the first adapter's safetensors bytes.
+    """
+
+    run_id: int
+    plan: RunPlan
+    noise_multipliers: tuple[float, ...]
+    trained: tuple[tuple[Part, ...], ...]
+    spec_sha256: str
+    first_adapter_sha256: str
+    trainer_version: str = TRAINER_VERSION
+
+    def canonical(self) -> bytes:
+        """The bytes that are signed: canonical JSON of every field."""
+        return canonical_json(dataclasses.asdict(self))
+
+    def digest(self) -> bytes:
+        """32 bytes that name the plan: H(enc("plan", canonical))."""
+        return digest("plan", self.canonical())
+
+    def size(self, phase: int) -> int:
+        """d: how many numbers are trained in a phase."""
+        return sum(part.length for part in self.trained[phase])
+
+    def releases(self, phase: int) -> int:
+        """Rounds of a phase, plus the retries if it is the phase whose release costs most (protocol.md section 2)."""
+        retries = self.plan.secure_aggregation.retries
+        costliest = max(range(len(self.plan.phase)), key=self._cost_of_one_release)
+        return self.plan.phase[phase].rounds + (retries if phase == costliest else 0)
+
+    def _cost_of_one_release(self, phase: int) -> float:
+        settings = self.plan.phase[phase]
+        if not self.noise_multipliers:
+            return 0.0
+        return (settings.steps or 0) * ((settings.sampling_rate or 0) / self.noise_multipliers[phase]) ** 2
+
+
+def parse_agreed_plan(canonical: bytes) -> AgreedPlan:
+    """An AgreedPlan from the canonical bytes that were signed.
+
+    Raises LocalError when the bytes are too long, are not JSON of this schema, contradict themselves, or are not the
+    canonical form of what they say (so that nobody signs one reading and another is used).
+    """
+    if len(canonical) > MAX_PLAN_BYTES:
+        raise LocalError(f"The plan is {len(canonical)} bytes long; at most {MAX_PLAN_BYTES} are read.")
+    try:
+        table = json.loads(canonical)
+    except (ValueError, RecursionError):
+        raise LocalError("The plan is not canonical JSON.") from None
+    if not isinstance(table, dict):
+        raise LocalError("The plan is not a JSON object.")
+    agreed = parse(AgreedPlan, _without_nulls(table), "the plan")
+    if agreed.canonical() != canonical:
+        raise LocalError("The plan's bytes are not the canonical form of what they say.")
+    if len(agreed.trained) != len(agreed.plan.phase) or not all(agreed.trained):
+        raise LocalError("The plan does not give the trained vector's layout for each of its phases.")
+    if len(agreed.noise_multipliers) != (len(agreed.plan.phase) if agreed.plan.privacy.on else 0):
+        raise LocalError("The plan does not give one noise multiplier for each phase.")
+    if any(not 0 < z < 1e6 for z in agreed.noise_multipliers):
+        raise LocalError("The plan has a noise multiplier that is not a positive number.")
+    return agreed
+
+
+def _without_nulls(value: Any) -> Any:
+    """JSON writes an absent optional value as null; the tables have no such key."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def tail(agreed: AgreedPlan) -> float:
+    """How many standard deviations no noise of the run exceeds but with probability 2^-40.
+
+    Union bound over every coordinate, release and site, with P(|N| > t sigma) <= 2 exp(-t^2 / 2).
+    """
+    releases = sum(agreed.releases(p) * agreed.size(p) for p in range(len(agreed.plan.phase)))
+    draws = releases * agreed.plan.secure_aggregation.max_sites
+    return math.sqrt(2 * (math.log(2 * draws) + 40 * math.log(2)))
+
+
+def half_range(agreed: AgreedPlan, round_plan: RoundPlan, group: Group) -> float:
+    """The largest magnitude that a coordinate of an update in `group` can have in this round, noise included.
+
+    Under DP a step moves a coordinate by lr / scale * (clamped sum + noise) / divisor, where the sum of clipped
+    gradients is clamped to +-divisor * clip (`foedus_common.privacy.noise`), so the range is public: it follows from
+    the plan alone. Without DP it is the plan's `update_bound`, to which updates are clamped.
+    """
+    settings, privacy = round_plan.settings, agreed.plan.privacy
+    if not privacy.on:
+        return settings.update_bound or 1.0
+    steps, divisor = settings.steps or 0, privacy.divisor or 1
+    noise = tail(agreed) * agreed.noise_multipliers[round_plan.phase] * privacy.clip / divisor
+    step = round_plan.learning_rate(group) / round_plan.scale(group)
+    return step * (steps * privacy.clip + math.sqrt(steps) * noise)

@@ -1,0 +1,1 @@
+"""What the operator of the consortium runs. torch lives in child processes only."""
