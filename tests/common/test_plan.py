@@ -1,0 +1,105 @@
+"""A plan is refused for its first mistake in one sentence, and its bytes mean one thing only."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from foedus_common.canonical import canonical_json
+from foedus_common.errors import LocalError
+from foedus_common.plan import half_range, parse_agreed_plan, read_plan, schedule, tail
+from plans import agreed_plan, run_plan
+
+
+def test_the_agreed_plan_survives_its_own_bytes():
+    agreed = agreed_plan()
+    assert parse_agreed_plan(agreed.canonical()) == agreed
+    assert parse_agreed_plan(agreed.canonical()).digest() == agreed.digest()
+
+
+def test_the_digest_is_pinned():
+    assert agreed_plan().digest().hex() == "8b3fb09c84b4605f269fcd5efcf426683bb6534b752b4a4bbc453f0b6144361c"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"privacy__epsilonn": 1.0}, "did you mean 'epsilon'"),
+        ({"run__name": None}, "lacks the key 'name'"),
+        ({"model__sha256": "abc"}, "64 hexadecimal digits"),
+        ({"secure_aggregation__min_sites": 2}, "the sum of two reveals the other"),
+        ({"secure_aggregation__max_sites": 200}, "max_sites <= 128"),
+        ({"secure_aggregation__colluding": 2}, "colluding"),
+        ({"phase__0__epochs": 2.0}, "depend on row counts"),
+        ({"phase__0__budget_share": 0.5}, "add up to 1"),
+        ({"phase__0__steps": None}, "needs steps"),
+        ({"phase__0__decay": "linaer"}, "did you mean 'linear'"),
+        ({"privacy__epsilon": "eight"}, "must be a number"),
+        ({"privacy__divisor": None}, "divisor"),
+        ({"privacy__unit": "none"}, "turns privacy off"),
+        ({"task__labels": ["Eye", "Eye"]}, "different labels"),
+        ({"phase": []}, "no [[phase]]"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(changes, sentence):
+    with pytest.raises(LocalError) as caught:
+        run_plan(**changes)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + b" ",
+        lambda text: text.replace(b'"run_id":7', b'"run_id": 7'),
+        lambda text: text.replace(b'"run_id":7', b'"run_id":7,"extra":1'),
+        lambda text: text.replace(b"13.1", b"13.10"),
+        lambda text: text.replace(b"13.1", b"-1.0"),
+        lambda text: b"[" * 20_000,
+        lambda text: b"{}",
+        lambda text: b"\xff" + text,
+    ],
+)
+def test_only_the_canonical_form_is_read(change):
+    with pytest.raises(LocalError):
+        parse_agreed_plan(change(agreed_plan().canonical()))
+
+
+def test_a_missing_layout_is_refused():
+    table = json.loads(agreed_plan().canonical())
+    table["trained"] = table["trained"][:1]
+    with pytest.raises(LocalError, match="layout"):
+        parse_agreed_plan(canonical_json(table))
+
+
+def test_linear_decay_falls_to_one_part_within_each_phase():
+    rounds = schedule(run_plan())
+    assert [r.index for r in rounds] == list(range(28))
+    assert rounds[0].learning_rate("head") == 24.0
+    assert rounds[19].learning_rate("head") == pytest.approx(24.0 / 20)
+    assert rounds[20].learning_rate("adapter") == 8.0
+    assert all(a.decay > b.decay for a, b in pairwise(rounds[:20]))
+
+
+def test_retries_are_charged_to_the_costliest_phase():
+    agreed = agreed_plan()
+    assert (agreed.releases(0), agreed.releases(1)) == (20, 8 + 2)
+
+
+def test_the_half_range_covers_every_clamped_step_and_its_noise():
+    agreed = agreed_plan()
+    first = schedule(agreed.plan)[0]
+    signal = 24.0 * 3 * 1.0
+    assert half_range(agreed, first, "head") > signal
+    noise = 24.0 * 3**0.5 * 13.1 / 2000 * tail(agreed)
+    assert half_range(agreed, first, "head") == pytest.approx(signal + noise)
+
+
+def test_read_plan_names_the_file(tmp_path):
+    with pytest.raises(LocalError, match="does not exist"):
+        read_plan(tmp_path / "absent.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run\nname = ")
+    with pytest.raises(LocalError, match=r"broken\.toml is not valid TOML"):
+        read_plan(broken)
