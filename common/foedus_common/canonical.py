@@ -31,6 +31,19 @@ def _encode(part: Encodable) -> bytes:
     return enc(*part)
 
 
+def unenc(data: bytes) -> tuple[bytes, ...]:
+    """The parts that `enc` joined, as bytes. Raises ValueError when the lengths do not add up to the data."""
+    parts, start = [], 0
+    while start < len(data):
+        body = start + 4
+        end = body + int.from_bytes(data[start:body], "big")
+        if end > len(data):
+            raise ValueError("the encoding is cut short")
+        parts.append(data[body:end])
+        start = end
+    return tuple(parts)
+
+
 def labelled(domain: str, *parts: Encodable) -> bytes:
     """What is signed or hashed: `enc` under the domain label `foedus/v1/`."""
     return LABEL + enc(domain, *parts)

@@ -41,6 +41,11 @@ class ManualClock:
         self._now += seconds
 
 
+def utc(seconds: float) -> datetime:
+    """Unix seconds as the date and time in UTC that certificates carry."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
 def iso(seconds: float) -> str:
     """Unix seconds as ISO 8601 in UTC, to the second."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    return utc(seconds).isoformat(timespec="seconds")
