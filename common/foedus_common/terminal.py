@@ -1,0 +1,66 @@
+"""What both programs do at a terminal: exit codes, one sentence for an error, tables for people and JSON for machines.
+
+Exit codes: 0 done, 1 it ran and failed, 2 asked for something that cannot be, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from foedus_common.errors import FoedusError, RemoteError
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def run(app: typer.Typer, name: str) -> NoReturn:
+    """Runs the program and exits: an expected error prints its one sentence and no traceback."""
+    try:
+        app(prog_name=name, standalone_mode=True)
+    except FoedusError as error:
+        errors.print(f"{name}: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1 if isinstance(error, RemoteError) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output; dataclasses become objects, bytes hexadecimal."""
+    print(json.dumps(value, default=_plain, indent=None, ensure_ascii=False), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
+    """Rows for a person; `empty` is the sentence shown when there are none."""
+    if not rows:
+        console.print(empty)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Names and values, one a line."""
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        console.print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)

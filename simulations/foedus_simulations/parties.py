@@ -1,0 +1,132 @@
+"""The two programs as real processes on loopback: started, asked, awaited and stopped by pid.
+
+Used by the demo and by the tests that need real processes. Nothing here sleeps to wait: it reads what the programs
+print, or asks them until a condition holds within a deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from foedus_common.errors import LocalError
+
+OPERATOR = "foedus_server.cli"
+SITE = "foedus_client.cli"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free on 127.0.0.1 a moment ago, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Returns when the condition holds; raises LocalError naming `what` when it does not within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LocalError(f"{what} did not happen within {seconds:.0f} seconds.")
+        time.sleep(0.05)
+
+
+class Party:
+    """One home folder and the program that works on it."""
+
+    def __init__(self, module: str, home: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.home = home
+        self._module = module
+        self._environment = {**os.environ, "FOEDUS_HOME": str(home), "NO_COLOR": "1", **(environment or {})}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", self._module, *arguments]
+
+    def ask(self, *arguments: str) -> Any:
+        """Runs one command with --json to its end and returns what it printed. Raises LocalError with its sentence."""
+        result = self.attempt(*arguments, "--json")
+        if result.returncode != 0:
+            raise LocalError(f"`{' '.join(arguments)}` ended with {result.returncode}: {result.stderr.strip()}")
+        return json.loads(result.stdout) if result.stdout.strip() else None
+
+    def attempt(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs one command to its end, whatever the exit code."""
+        return subprocess.run(
+            self.command(*arguments), env=self._environment, capture_output=True, text=True, timeout=600, check=False
+        )
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Starts a command in the background; its output goes to logs/NAME.log in the home folder."""
+        log = self.log(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._running[name] = subprocess.Popen(
+                self.command(*arguments),
+                env=self._environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        return self._running[name]
+
+    def log(self, name: str) -> Path:
+        return self.home / "logs" / f"{name}.log"
+
+    def await_line(self, name: str, text: str, seconds: float = 60) -> None:
+        """Waits until the background command NAME has printed `text`; raises LocalError if it ends before."""
+
+        def printed() -> bool:
+            ended = self._running[name].poll() is not None
+            if text in self.log(name).read_text(errors="replace"):
+                return True
+            if ended:
+                tail = "\n".join(self.log(name).read_text(errors="replace").splitlines()[-5:])
+                raise LocalError(f"{self.home.name}: `{name}` ended before it was ready: {tail}")
+            return False
+
+        until(printed, seconds, f"{self.home.name}: {name!r} printing {text!r}")
+
+    def finish(self, name: str, seconds: float = 60) -> None:
+        """Waits for a background command to end with exit code 0."""
+        code = self._running.pop(name).wait(timeout=seconds)
+        if code != 0:
+            tail = "\n".join(self.log(name).read_text(errors="replace").splitlines()[-5:])
+            raise LocalError(f"{self.home.name}: `{name}` ended with {code}: {tail}")
+
+    def kill(self, name: str) -> None:
+        """kill -9, as a crash would."""
+        process = self._running.pop(name)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def stop(self, name: str | None = None) -> None:
+        """Interrupts what runs and waits for it; kills what has not ended after 15 seconds."""
+        for each in [name] if name else list(self._running):
+            process = self._running.pop(each)
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(timeout=15)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
