@@ -1,0 +1,86 @@
+"""A hash-chained log of events: what is changed, dropped or moved in it afterwards shows.
+
+An entry's head covers its number, the head before it and its body, so the last head stands for the whole log. A log
+cut off at its end is still a good chain; only a checkpoint that someone else kept, a number and its head, tells.
+Knows no disk: a log is anything that gives its entries in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from foedus_common.canonical import canonical_json, digest
+from foedus_common.errors import LocalError
+
+GENESIS = bytes(32)
+"""The head before the first entry."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """number: from 1, without gaps; body: canonical JSON of an event; head: 32 bytes."""
+
+    number: int
+    body: bytes
+    head: bytes
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """What happened: `at` (Unix seconds), `event` (its name) and the details."""
+        event: dict[str, Any] = json.loads(self.body)
+        return event
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The head that the log had after entry `number`, kept by somebody else."""
+
+    number: int
+    head: bytes
+
+
+START = Checkpoint(0, GENESIS)
+
+
+class BrokenChain(LocalError):
+    """The log is not what was written. `number` is the first entry that is bad or missing."""
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(f"The journal is broken at entry {number}: {what}.")
+        self.number = number
+
+
+def next_entry(last: Checkpoint, at: float, event: str, details: Mapping[str, Any]) -> Entry:
+    """The entry that follows `last`; `details` are JSON values under names other than `at` and `event`."""
+    body = canonical_json({**details, "at": round(at, 3), "event": event})
+    return Entry(last.number + 1, body, _head(last.number + 1, last.head, body))
+
+
+def verify(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint] = ()) -> Checkpoint:
+    """Recompute the chain, against what others kept of it; gives its end.
+
+    Raises:
+        BrokenChain: names the first entry that was altered, dropped, inserted or moved, that differs from a
+            checkpoint, or that is missing at the end though a checkpoint knows it.
+    """
+    known = {checkpoint.number: checkpoint.head for checkpoint in checkpoints}
+    last = START
+    for entry in entries:
+        number = last.number + 1
+        if entry.number != number:
+            raise BrokenChain(number, f"entry {entry.number} is in its place")
+        if entry.head != _head(number, last.head, entry.body):
+            raise BrokenChain(number, "its content does not match its hash")
+        if known.get(number, entry.head) != entry.head:
+            raise BrokenChain(number, "it differs from what was there when the checkpoint was taken")
+        last = Checkpoint(number, entry.head)
+    if max(known, default=0) > last.number:
+        raise BrokenChain(last.number + 1, "it is missing, and everything after it")
+    return last
+
+
+def _head(number: int, before: bytes, body: bytes) -> bytes:
+    return digest("journal", number, before, body)
