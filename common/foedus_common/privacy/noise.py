@@ -120,8 +120,9 @@ def _discrete_laplace(scale: int, proposals: int, bits: _Bits) -> Integers:
     within = within[_bernoulli_exp_unit(within, scale, bits)]
     magnitude = within + scale * _geometric(within.size, bits)
     negative = bits.below(2, magnitude.size).astype(bool)
-    kept = (magnitude < _FAR * scale) & ~(negative & (magnitude == 0))
-    return np.where(negative, -magnitude, magnitude)[kept]
+    kept: Decisions = (magnitude < _FAR * scale) & ~(negative & (magnitude == 0))
+    signed: Integers = np.where(negative, -magnitude, magnitude)
+    return signed[kept]
 
 
 def _geometric(size: int, bits: _Bits) -> Integers:

@@ -1,0 +1,224 @@
+"""What noisy training costs in privacy: epsilon of a list of steps, and the noise that meets a plan's epsilon.
+
+Adjacency is adding or removing one row. Within a plan the answer is Google's dp-accounting PLD, pessimistic
+(Doroshenko et al., PETS 2022); Rényi curves are for composing plans that are chosen one after another, and as a
+cross-check. Knows plans and numbers; no ledger, no data.
+
+Delta. Of every delta given here RESERVED_DELTA is set aside: 2^-40 for a noised sum that leaves its field's range
+(protocol.md section 3), and 2^-60 for the distance between the discrete Gaussian that is drawn and the continuous one
+that is accounted (`noise.accounted_multiplier`: below 1e-67 a coordinate, so it covers 10^48 coordinates).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, get_epsilon_gaussian
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
+
+from foedus_common.errors import LocalError
+from foedus_common.plan import AgreedPlan, Part, RoundPlan, RunPlan
+from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA, accounted_multiplier
+
+Curve = tuple[float, ...]
+
+ORDERS: tuple[int, ...] = (*range(2, 33), 40, 48, 64, 96, 128, 256, 512)
+"""Rényi orders at which curves are kept: whole ones, where the curve of a sampled Gaussian has a closed form."""
+
+RESERVED_DELTA = 2.0**-40 + 2.0**-60
+
+INTERVAL = 1e-4
+"""Width of the PLD's buckets, in nats; wider for an epsilon beyond 16. Pessimistic at any width (connect the dots)."""
+
+BEYOND_PLD = 250.0
+"""An epsilon above which the Rényi bound is answered instead: such a PLD takes gigabytes, and a stranger's plan may
+ask for it."""
+
+
+@dataclass(frozen=True)
+class GaussianSteps:
+    """`steps` sums over a Poisson sample of the rows, each with Gaussian noise.
+
+    noise_multiplier: accounted (`noise.accounted_multiplier`), in units of the sensitivity. sampling_rate: in (0, 1].
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+
+
+def event_of_round(agreed: AgreedPlan, round_plan: RoundPlan) -> GaussianSteps:
+    """What one release of a round costs. Raises LocalError for a plan without privacy."""
+    return event_of_phase(agreed, round_plan.phase)
+
+
+def event_of_phase(agreed: AgreedPlan, phase: int) -> GaussianSteps:
+    """What one release in a phase (number from 0) costs; all its rounds cost the same."""
+    settings = agreed.plan.phase[phase]
+    if not agreed.plan.privacy.on or settings.steps is None or settings.sampling_rate is None:
+        raise LocalError(f"The plan {agreed.plan.run.name!r} has no privacy that could be accounted for.")
+    worth = accounted_multiplier(agreed.noise_multipliers[phase], agreed.size(phase))
+    return GaussianSteps(worth, settings.sampling_rate, settings.steps)
+
+
+def events_of(agreed: AgreedPlan) -> list[GaussianSteps]:
+    """What the whole run may cost, its retries included (`AgreedPlan.releases`)."""
+    return [repeated(event_of_phase(agreed, phase), agreed.releases(phase)) for phase in range(len(agreed.plan.phase))]
+
+
+def repeated(event: GaussianSteps, times: int) -> GaussianSteps:
+    return GaussianSteps(event.noise_multiplier, event.sampling_rate, event.steps * times)
+
+
+def epsilon(events: Sequence[GaussianSteps], delta: float) -> float:
+    """Epsilon of all events together at `delta`, never below the truth; 0 for no steps, infinity if nothing holds.
+
+    Raises LocalError for a delta that the reserve uses up.
+    """
+    return _epsilon(_merged(events), _usable(delta), INTERVAL)
+
+
+def epsilon_of_rdp(curve: Sequence[float], delta: float) -> float:
+    """Epsilon at `delta` of a Rényi curve over ORDERS, by the best order; 0 for a curve of zeros.
+
+    Canonne, Kamath, Steinke 2020, proposition 12. Raises LocalError for a delta that the reserve uses up.
+    """
+    usable = _usable(delta)
+    return float(compute_epsilon(ORDERS, curve, usable)[0]) if any(curve) else 0.0
+
+
+def rdp(events: Sequence[GaussianSteps]) -> Curve:
+    """The Rényi curve over ORDERS of all events together (Mironov, Talwar, Zhang 2019). Curves add up."""
+    curves = [_rdp(event) for event in _merged(events)]
+    return tuple(math.fsum(values) for values in zip(*curves, strict=True)) if curves else (0.0,) * len(ORDERS)
+
+
+def rdp_budget(epsilon_cap: float, delta: float) -> tuple[int, float]:
+    """(index into ORDERS, budget at that order) of the Rényi filter that keeps everything within (cap, delta)-DP.
+
+    As long as the curves of adaptively chosen plans add up to no more than the budget at this one order, all of them
+    together are within the cap (Feldman, Zrnic: Individual Privacy Accounting via a Rényi Filter, NeurIPS 2021,
+    theorem 3.1). The order must not depend on data or on what was released: it is the one that admits the largest
+    unsampled Gaussian, and follows from cap and delta alone. The budget is negative if no order admits anything.
+    """
+    usable = _usable(delta)
+    budgets = [epsilon_cap - _conversion(order, usable) for order in ORDERS]
+    best = max(range(len(ORDERS)), key=lambda index: budgets[index] / ORDERS[index])
+    return best, budgets[best]
+
+
+def gaussian_epsilon(rho: float, delta: float) -> float:
+    """Epsilon at `delta` of one unsampled Gaussian whose curve is rho * order (Balle, Wang 2018, theorem 8)."""
+    return float(get_epsilon_gaussian(1 / math.sqrt(2 * rho), _usable(delta))) if rho > 0 else 0.0
+
+
+def calibrate(plan: RunPlan, sizes: Sequence[int]) -> tuple[float, ...]:
+    """One noise multiplier per phase, so that rounds and retries together just meet the plan's epsilon from below.
+
+    sizes: d per phase. A phase gets its share of rho: its multiplier is proportional to
+    sampling_rate * sqrt(steps * rounds / share), the zCDP of a Gaussian scaled by amplification; the factor is solved
+    by PLD. Multipliers are whole grid units. The result lies within 0.2 % of epsilon and never closer than 1e-6 of
+    it, so that the arithmetic of another machine cannot find it above. Returns () for a plan without privacy; raises
+    LocalError if no noise in the sampler's range meets the plan.
+    """
+    target, delta = plan.privacy.epsilon, plan.privacy.delta
+    if not plan.privacy.on or target is None or delta is None:
+        return ()
+    usable = _usable(delta)
+
+    def cost(factor: float, interval: float) -> float:
+        return _epsilon(_merged(events_of(_with_noise(plan, sizes, factor))), usable, interval)
+
+    factor = _solve(lambda candidate: cost(candidate, 10 * INTERVAL), target, 1 / target)
+    factor = _solve(lambda candidate: cost(candidate, INTERVAL), target, factor)
+    return _with_noise(plan, sizes, factor).noise_multipliers
+
+
+def _with_noise(plan: RunPlan, sizes: Sequence[int], factor: float) -> AgreedPlan:
+    """The plan as it would be agreed with this factor on every phase's noise; only its accounting is meaningful."""
+    multipliers = []
+    for phase in plan.phase:
+        share = (phase.steps or 0) * phase.rounds / (phase.budget_share or 1.0)
+        sigma = math.ceil(factor * (phase.sampling_rate or 1.0) * math.sqrt(share) * GRID)
+        if sigma > MAX_SIGMA:
+            raise LocalError(
+                f"The plan {plan.run.name!r} needs noise beyond {MAX_SIGMA / GRID:.0f} times the clipping bound; "
+                "raise [privacy] epsilon, or lower steps, rounds or sampling_rate."
+            )
+        multipliers.append(max(sigma, MIN_SIGMA) / GRID)
+    layout = tuple((Part("head", size),) for size in sizes)
+    return AgreedPlan(1, plan, tuple(multipliers), layout, spec_sha256="", first_adapter_sha256="")
+
+
+def _solve(cost: Callable[[float], float], target: float, factor: float) -> float:
+    """A factor whose cost is just below the target: the secant method on logarithms, where cost is nearly a line."""
+    ceiling, aim = math.log(target) + math.log1p(-1e-6), math.log(target) + math.log1p(-1e-3)
+    place, slope = math.log(factor), -1.0
+    value = math.log(cost(factor))
+    for _ in range(40):
+        if aim - 1e-3 <= value <= ceiling:
+            return math.exp(place)
+        step = min(1.0, max(-1.0, (aim - value) / slope))
+        next_value = math.log(max(cost(math.exp(place + step)), 1e-9))
+        if abs(step) > 1e-6:
+            slope = min(-0.2, (next_value - value) / step)
+        place, value = place + step, next_value
+    while value > ceiling:
+        place += 1e-3
+        value = math.log(cost(math.exp(place)))
+    return math.exp(place)
+
+
+def _usable(delta: float) -> float:
+    if delta <= 2 * RESERVED_DELTA:
+        raise LocalError(f"A delta of {delta:g} is too small to account for; give one above {2 * RESERVED_DELTA:.0e}.")
+    return delta - RESERVED_DELTA
+
+
+def _conversion(order: float, delta: float) -> float:
+    """What turning a Rényi bound at `order` into epsilon adds (Canonne, Kamath, Steinke 2020, proposition 12)."""
+    return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+
+def _merged(events: Iterable[GaussianSteps]) -> tuple[GaussianSteps, ...]:
+    """The same events with equal ones counted together and all unsampled ones as one Gaussian, which is exact."""
+    precision = math.fsum(event.steps / event.noise_multiplier**2 for event in events if event.sampling_rate == 1)
+    counts: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        if event.sampling_rate < 1 and event.steps:
+            counts[event.noise_multiplier, event.sampling_rate] += event.steps
+    sampled = [GaussianSteps(*key, steps=counts[key]) for key in sorted(counts)]
+    return (*sampled, GaussianSteps(1 / math.sqrt(precision), 1.0, 1)) if precision > 0 else tuple(sampled)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(events: tuple[GaussianSteps, ...], delta: float, interval: float) -> float:
+    if not events:
+        return 0.0
+    bound = float(compute_epsilon(ORDERS, rdp(events), delta)[0])
+    if bound > BEYOND_PLD:
+        return bound
+    width = interval * max(1.0, bound / 16)
+    composed = reduce(PrivacyLossDistribution.compose, (_losses(event, width) for event in events))
+    return max(0.0, float(composed.get_epsilon_for_delta(delta)))
+
+
+@lru_cache(maxsize=8)
+def _losses(event: GaussianSteps, interval: float) -> PrivacyLossDistribution:
+    one = from_gaussian_mechanism(
+        event.noise_multiplier, sampling_prob=event.sampling_rate, value_discretization_interval=interval
+    )
+    return one.self_compose(event.steps) if event.steps > 1 else one
+
+
+@lru_cache(maxsize=256)
+def _rdp(event: GaussianSteps) -> Curve:
+    step = GaussianDpEvent(event.noise_multiplier)
+    accountant = RdpAccountant(ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(PoissonSampledDpEvent(event.sampling_rate, step), event.steps)
+    return tuple(float(value) for value in accountant.rdp)
