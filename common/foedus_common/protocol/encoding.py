@@ -1,0 +1,175 @@
+"""Encoding: a float vector as packed fixed-point fields whose sums never carry into each other.
+
+Knows numbers only. Field 0 of every vector is the header, the constant 1, so that a sum counts its own summands;
+fields 1..d are the coordinates. Each coordinate is stochastically rounded to a multiple of its segment's step,
+
+    step = scale / R,    R = floor((2^b - 1) / (2 * max_sites)),
+
+offset by R to be non-negative, and stored in a field of b bits. A sum of at most max_sites fields stays below 2^b, so
+f = floor(64 / b) fields share a uint64 and no sum carries from one to the next: adding words adds fields.
+
+Law:  decode(encode(u_1) + ... + encode(u_k)) == round(u_1) + ... + round(u_k),  exactly, for every 1 <= k <= max_sites.
+
+Reading of docs/protocol.md section 3: it asks for 12 fractional guard bits. Here the resolution follows from the range,
+so that no bit of a field lies idle: a plan that wants the grid of 2^-12 says scale = R / 4096 and gets step = 2^-12.
+Fields are laid out in planes (word w holds fields w, w + W, w + 2W, ...) so that packing runs over contiguous memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+
+from foedus_common.errors import LocalError, Reason, RemoteError
+from foedus_common.protocol.masks import Words
+from foedus_common.randomness import RandomBytes
+
+MIN_FIELD_BITS, MAX_FIELD_BITS = 8, 32
+_BLOCK = 32 * 1024
+_COIN_BYTES = 4
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FieldLayout:
+    """How a vector of shape (d,) becomes words: b bits a field, segments of (length, half-range) in order.
+
+    A segment's scale is its half-range: every |value| <= scale fits. LocalError for numbers that make no layout.
+    """
+
+    bits: int
+    max_sites: int
+    segments: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        if not MIN_FIELD_BITS <= self.bits <= MAX_FIELD_BITS:
+            raise LocalError(f"fields have {MIN_FIELD_BITS} to {MAX_FIELD_BITS} bits, not {self.bits}")
+        if self.max_sites < 1 or self.half_range < 1:
+            raise LocalError(f"fields of {self.bits} bits cannot hold the sum of {self.max_sites} sites")
+        if not self.segments or any(
+            length < 1 or not (math.isfinite(scale) and scale > 0) for length, scale in self.segments
+        ):
+            raise LocalError("every segment of a layout needs a positive length and a positive, finite scale")
+
+    @cached_property
+    def half_range(self) -> int:
+        """R: a site's coordinate is an integer in -R..R steps."""
+        return int((2**self.bits - 1) // (2 * self.max_sites))
+
+    @cached_property
+    def dimension(self) -> int:
+        """d: coordinates, the header not counted."""
+        return sum(length for length, _ in self.segments)
+
+    @cached_property
+    def words(self) -> int:
+        """uint64 words of an encoded vector: ceil((1 + d) / f)."""
+        return -(-(1 + self.dimension) // self._fields_per_word)
+
+    @property
+    def size(self) -> int:
+        """Bytes on the wire."""
+        return 8 * self.words
+
+    @property
+    def _fields_per_word(self) -> int:
+        return 64 // self.bits
+
+    def encode(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Words:
+        """float vector (d,) -> words (words,): `pack(quantise(vector))`."""
+        return self.pack(self.quantise(vector, random))
+
+    def quantise(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Integers:
+        """float (d,) -> int64 (d,) in -R..R: multiples of each segment's step, rounded up with probability = fraction.
+
+        Coins are 32 bits of AES-256-CTR under one fresh key from `random`, so an expectation is off by less than
+        2^-32 steps. LocalError for a value that is not finite or beyond its half-range: nothing is ever truncated.
+        """
+        if vector.shape != (self.dimension,):
+            raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {vector.shape}")
+        coins = Cipher(AES256(random(32)), CTR(bytes(16))).encryptor()
+        keystream, zeros = bytearray(_BLOCK * _COIN_BYTES), bytes(_BLOCK * _COIN_BYTES)
+        coin = np.frombuffer(keystream, dtype="<u4")
+        integers = np.empty(self.dimension, dtype=np.int64)
+        for part, scale in self._blocks():
+            values = vector[part].astype(np.float64)
+            if not np.all(np.abs(values) <= scale):  # also false for NaN
+                raise LocalError(
+                    f"coordinates {part.start}..{part.stop - 1} leave their range of +-{scale:g}; "
+                    "the plan's scales are too small for this update"
+                )
+            values *= self.half_range / scale
+            np.clip(values, -self.half_range, self.half_range, out=values)  # one unit in the last place at most
+            whole = np.floor(values)
+            values -= whole
+            values *= 2.0**32
+            coins.update_into(zeros, keystream)
+            whole += coin[: len(values)] < values
+            integers[part] = whole
+        return integers
+
+    def pack(self, integers: Integers) -> Words:
+        """int64 (d,) in -R..R -> words (words,). LocalError beyond that range."""
+        if integers.shape != (self.dimension,):
+            raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {integers.shape}")
+        if integers.min() < -self.half_range or integers.max() > self.half_range:
+            raise LocalError(f"an integer leaves the range of +-{self.half_range} steps that a field holds")
+        fields = np.zeros(self.words * self._fields_per_word, dtype=np.uint64)
+        fields[0] = 1
+        np.add(integers, self.half_range, out=fields[1 : 1 + self.dimension].view(np.int64))
+        planes = fields.reshape(self._fields_per_word, self.words)
+        words: Words = planes[0].copy()
+        for index, plane in enumerate(planes[1:], start=1):
+            plane <<= np.uint64(index * self.bits)
+            words |= plane
+        return words
+
+    def unpack_sum(self, words: Words, survivors: int) -> Integers:
+        """Words summed over `survivors` sites -> the sum of their integers, int64 (d,), exactly.
+
+        RemoteError(BAD_SUM) if the header does not count `survivors` or a field cannot be such a sum: then a mask is
+        left in it, or a site sent what is no encoded vector.
+        """
+        if words.shape != (self.words,):
+            raise LocalError(f"the layout has {self.words} words and the sum has shape {words.shape}")
+        mask = np.uint64(2**self.bits - 1)
+        fields = np.empty((self._fields_per_word, self.words), dtype=np.uint64)
+        for index, plane in enumerate(fields):
+            np.right_shift(words, np.uint64(index * self.bits), out=plane)
+            plane &= mask
+        flat = fields.reshape(-1)
+        used = self._fields_per_word * self.bits
+        stray_bits = used < 64 and bool(np.any(words >> np.uint64(used)))
+        if flat[0] != survivors or stray_bits or np.any(flat[1 + self.dimension :]):
+            raise RemoteError(Reason.BAD_SUM, f"the opened sum does not count {survivors} sites")
+        integers = flat[1 : 1 + self.dimension].view(np.int64)
+        if integers.max() > 2 * self.half_range * survivors:
+            raise RemoteError(Reason.BAD_SUM, f"a field of the opened sum is larger than {survivors} sites can make it")
+        integers -= self.half_range * survivors
+        return integers
+
+    def decode(self, words: Words, survivors: int) -> Floats:
+        """Words summed over `survivors` sites -> sum of the rounded vectors, float64 (d,). Errors of `unpack_sum`."""
+        integers = self.unpack_sum(words, survivors)
+        decoded = np.empty(self.dimension, dtype=np.float64)
+        for part, scale in self._blocks():
+            np.multiply(integers[part], scale / self.half_range, out=decoded[part])
+        return decoded
+
+    def _blocks(self) -> Iterator[tuple[slice, float]]:
+        """Slices of the vector that lie within one segment and fit the cache, each with its scale."""
+        start = 0
+        for length, scale in self.segments:
+            for low in range(start, start + length, _BLOCK):
+                yield slice(low, min(low + _BLOCK, start + length)), scale
+            start += length

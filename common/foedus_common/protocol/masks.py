@@ -1,0 +1,48 @@
+"""Masks: AES-256-CTR keystreams read as little-endian uint64, added to and subtracted from a vector modulo 2^64.
+
+Knows keys and words, not who they belong to. Each key makes one keystream, once, so the counter starts at zero. The
+vector is walked in blocks that stay in the processor's cache while every keystream passes over them; memory beyond the
+vector is one block, however many keys there are. `update_into` releases the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+
+from foedus_common.errors import LocalError
+
+Words = npt.NDArray[np.uint64]
+"""A vector as it is masked and sent: shape (words,), little-endian uint64."""
+
+BLOCK_BYTES = 128 * 1024
+_WORD_BYTES = 8
+_ZEROS = bytes(BLOCK_BYTES)
+
+
+def apply_masks(accumulator: Words, *, add: Iterable[bytes] = (), subtract: Iterable[bytes] = ()) -> None:
+    """Add the keystream of each 32-byte key in `add`, take off that of each in `subtract`, in place, modulo 2^64.
+
+    accumulator: contiguous, writable, uint64, shape (words,). LocalError otherwise.
+    """
+    if accumulator.dtype != np.uint64 or not accumulator.flags.c_contiguous or sys.byteorder != "little":
+        raise LocalError("masks are applied to contiguous uint64 words on a little-endian machine")
+    passes = [(np.add, _keystream(key)) for key in add] + [(np.subtract, _keystream(key)) for key in subtract]
+    keystream = bytearray(BLOCK_BYTES)
+    keystream_words = np.frombuffer(keystream, dtype=np.uint64)
+    for start in range(0, len(accumulator), len(keystream_words)):
+        block = accumulator[start : start + len(keystream_words)]
+        zeros = _ZEROS if len(block) == len(keystream_words) else bytes(len(block) * _WORD_BYTES)
+        for combine, generator in passes:
+            generator.update_into(zeros, keystream)
+            combine(block, keystream_words[: len(block)], out=block)
+
+
+def _keystream(key: bytes) -> CipherContext:
+    return Cipher(AES256(key), CTR(bytes(16))).encryptor()

@@ -1,0 +1,516 @@
+"""One attempt of a round at a site, A0 to A5: a pure state machine that distrusts the coordinator.
+
+    state = session.begin()
+    state, effects = session.step(state, request)        # request: the bytes of one envelope from the coordinator
+
+A step checks, computes, and returns the next state and what to do about it; it raises nothing that the coordinator can
+cause. After any failed check the state is `Failed` and stays so, and its secrets are gone. Knows no socket, clock, disk
+or randomness of its own. The state holds exactly the secrets that later stages need: read the dataclasses below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from foedus_common.errors import FoedusError, LocalError, Reason, RemoteError
+from foedus_common.protocol import messages as m
+from foedus_common.protocol import primitives, shamir, wire
+from foedus_common.protocol.effects import (
+    Abort,
+    Answered,
+    AttemptSeen,
+    Effects,
+    Erase,
+    Persist,
+    Send,
+    VectorMasked,
+    VectorStore,
+)
+from foedus_common.protocol.masks import apply_masks
+from foedus_common.protocol.primitives import KeyPair, Parcel, Sign
+from foedus_common.protocol.thresholds import (
+    MAX_COHORT,
+    PeerRule,
+    Roster,
+    Thresholds,
+    require_peers,
+    require_quorum,
+    thresholds,
+)
+from foedus_common.randomness import RandomBytes
+
+# --- What is durable at the site, as plain values ---
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """The vector that waits to be masked, and everything durable that decides whether it may be.
+
+    charged: the ledger holds a charge that covers one release of this vector.
+    masked_in: the attempt in which it was masked; None if never.
+    attempts_seen: every attempt whose A0 was ever accepted here.
+    """
+
+    terms: m.RoundTerms
+    vector: m.VectorRef
+    charged: bool
+    masked_in: m.AttemptId | None = None
+    attempts_seen: frozenset[m.AttemptId] = frozenset()
+
+
+# --- The stages of a session, each with what it holds ---
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing has been agreed yet."""
+
+
+@dataclass(frozen=True)
+class Advertised:
+    """Own keys are out (A1)."""
+
+    config: m.RoundConfig
+    ctx: bytes
+    share_keys: KeyPair
+    mask_keys: KeyPair
+    self_mask_seed: bytes = field(repr=False)
+
+    @property
+    def advertisement(self) -> m.Advertise:
+        return m.Advertise(self.share_keys.public, self.mask_keys.public, primitives.commitment(self.self_mask_seed))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Own secrets are shared (A2). Keys are by peer; of the own secrets only what A3 needs is left."""
+
+    config: m.RoundConfig
+    ctx: bytes
+    u1: bytes
+    self_mask_key: bytes = field(repr=False)
+    pair_mask_keys: Mapping[str, bytes] = field(repr=False)
+    incoming_share_keys: Mapping[str, bytes] = field(repr=False)
+    own_shares: DealtShares = field(repr=False)
+
+
+@dataclass(frozen=True)
+class DealtShares:
+    """What one dealer gave this site: a share of its self-mask seed, a share of its mask key. At A5 one may leave."""
+
+    self_mask: m.SelfMaskShare
+    pair_key: m.PairKeyShare
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The masked vector is out (A3). `dealt` has the shares of every site of U2."""
+
+    config: m.RoundConfig
+    ctx: bytes
+    u1: bytes
+    masked: m.VectorRef
+    dealt: Mapping[str, DealtShares] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """One survivor set is signed (A4)."""
+
+    config: m.RoundConfig
+    ctx: bytes
+    u1: bytes
+    masked: m.VectorRef
+    dealt: Mapping[str, DealtShares] = field(repr=False)
+    survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Everything was answered (A5). No secret is left."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The site restarted: the round's secrets are gone, stored answers are not."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A check failed. No secret is left and nothing is answered any more."""
+
+    error: FoedusError
+
+
+SiteStage = Waiting | Advertised | Shared | Masked | Agreed | Finished | Lost | Failed
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """Where a session is, and its last answer, which the same request gets again."""
+
+    stage: SiteStage
+    answered: Answered | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a transition gives: the next stage, the answer, what to keep before it is sent, what to erase after."""
+
+    stage: SiteStage
+    answer: m.FromSite
+    records: tuple[AttemptSeen | VectorMasked, ...] = ()
+    keep_answer: bool = False
+    erase: Erase | None = None
+
+
+@dataclass(frozen=True)
+class SiteSession:
+    """The site's side of one attempt: what stays the same from step to step.
+
+    sign: by the site's identity key. roster: verified against the root. rule: site policy about peers.
+    """
+
+    site: str
+    sign: Sign
+    roster: Roster
+    rule: PeerRule
+    outbox: Outbox
+    vectors: VectorStore
+    random: RandomBytes
+
+    def begin(self) -> SiteState:
+        return SiteState(Waiting())
+
+    def after_restart(self, answered: Answered | None) -> SiteState:
+        """For an attempt that this site had begun: its last stored answer is given again, anything new is refused."""
+        return SiteState(Lost(), answered)
+
+    def step(self, state: SiteState, request: bytes) -> tuple[SiteState, Effects]:
+        """Answer one request. Never raises FoedusError: a failed check ends in `Failed` with Erase and Abort."""
+        if isinstance(state.stage, Failed):
+            return state, (Abort(state.stage.error),)
+        envelope = None
+        try:
+            envelope = wire.parse_envelope(request)
+            self._require_addressed(state.stage, envelope.header)
+            if answer := _stored_answer(state.answered, envelope, request):
+                return state, (Send(wire.COORDINATOR, answer),)
+            step = _transition(state.stage, envelope.message)(self, state.stage, envelope)
+        except FoedusError as error:
+            return self._fail(state.stage, envelope, error)
+        return self._effects(step, envelope, request)
+
+    def _effects(self, step: _Step, envelope: wire.Envelope, request: bytes) -> tuple[SiteState, Effects]:
+        answer = self._reply(step.stage, envelope.header, step.answer)
+        answered = Answered(
+            envelope.header.attempt_id, envelope.header.sequence, hashlib.sha256(request).digest(), answer
+        )
+        records = (*step.records, answered) if step.keep_answer else step.records
+        effects: Effects = (Send(wire.COORDINATOR, answer),)
+        if records:
+            effects = (Persist(records), *effects)
+        if step.erase:
+            effects = (*effects, step.erase)
+        return SiteState(step.stage, answered), effects
+
+    def _fail(self, stage: SiteStage, envelope: wire.Envelope | None, error: FoedusError) -> tuple[SiteState, Effects]:
+        """Secrets first, then a bare word to the coordinator so that nobody waits, the reason for the own log."""
+        effects: Effects = (Erase((stage.masked,) if isinstance(stage, Masked | Agreed) else ()),)
+        if envelope and envelope.header.destination == self.site:
+            effects = (*effects, Send(wire.COORDINATOR, self._reply(stage, envelope.header, m.Declined())))
+        return SiteState(Failed(error)), (*effects, Abort(error))
+
+    def _reply(self, stage: SiteStage, request: wire.Header, message: m.FromSite) -> bytes:
+        binding = stage.ctx if isinstance(stage, Advertised | Shared | Masked | Agreed) else request.binding
+        header = replace(request, binding=binding, source=self.site, destination=wire.COORDINATOR)
+        return wire.build_envelope(header, message, self.sign)
+
+    def _require_addressed(self, stage: SiteStage, header: wire.Header) -> None:
+        """The envelope comes from the coordinator, to this site, about this attempt."""
+        if (header.source, header.destination) != (wire.COORDINATOR, self.site):
+            raise RemoteError(Reason.BAD_MESSAGE, f"a message from {header.source} to {header.destination} came here")
+        if isinstance(stage, Advertised | Shared | Masked | Agreed) and (
+            header.attempt_id != stage.config.attempt_id or header.binding != stage.ctx
+        ):
+            raise RemoteError(Reason.CONFIG_MISMATCH, "a message belongs to another attempt than the one agreed on")
+
+
+# --- A0 to A1: look at the round, answer with fresh keys ---
+
+
+def _advertise(session: SiteSession, _: Waiting, envelope: wire.Envelope) -> _Step:
+    config = _message(envelope, m.RoundConfig)
+    _check_config(session, config, envelope.header)
+    stage = Advertised(
+        config,
+        wire.round_context(envelope.body),
+        share_keys=KeyPair.generate(session.random),
+        mask_keys=KeyPair.generate(session.random),
+        self_mask_seed=session.random(primitives.KEY_BYTES),
+    )
+    return _Step(stage, stage.advertisement, records=(AttemptSeen(config.attempt_id),))
+
+
+def _check_config(session: SiteSession, config: m.RoundConfig, header: wire.Header) -> None:
+    """Everything a site can know about a round before it answers; the most telling reason first."""
+    outbox, terms, sites = session.outbox, session.outbox.terms, len(config.cohort)
+    if config.attempt_id in outbox.attempts_seen:
+        raise RemoteError(Reason.ROUND_REUSED, f"attempt {config.attempt} of this round was begun here before")
+    if outbox.masked_in is not None:
+        raise RemoteError(
+            Reason.VECTOR_REUSED,
+            f"this vector was masked in attempt {outbox.masked_in.attempt}; another needs a new one",
+        )
+    if not outbox.charged:
+        raise RemoteError(Reason.BUDGET, "the ledger holds no charge that covers a release of this vector")
+    if not terms.min_sites <= sites <= min(terms.max_sites, MAX_COHORT):
+        raise RemoteError(
+            Reason.COHORT_SIZE,
+            f"a cohort of {sites} is outside the plan's {terms.min_sites} to {terms.max_sites} sites",
+        )
+    needed = _needed(sites, terms.colluding)
+    if config.threshold < needed.threshold or config.minimum < needed.minimum:
+        raise RemoteError(
+            Reason.THRESHOLD_TOO_LOW,
+            f"threshold {config.threshold} and minimum {config.minimum} where {needed.threshold} and "
+            f"{needed.minimum} keep {sites} sites safe",
+        )
+    layout = config.terms.layout
+    if 2 * layout.half_range * sites >= 2**layout.bits:
+        raise RemoteError(Reason.FIELD_OVERFLOW, f"fields of {layout.bits} bits overflow in a sum of {sites} sites")
+    _check_set(session, config.cohort, "A0", needed)
+    if session.site not in config.cohort:
+        raise RemoteError(Reason.CONFIG_MISMATCH, "this site is not in the cohort it was sent")
+    expected = replace(
+        config,
+        protocol_version=m.PROTOCOL_VERSION,
+        terms=terms,
+        roster_epoch=session.roster.epoch,
+        roster_digest=session.roster.digest,
+        threshold=needed.threshold,
+        minimum=needed.minimum,
+    )
+    if differing := _differing(config, expected):
+        raise RemoteError(
+            Reason.CONFIG_MISMATCH, f"{', '.join(differing)} differ from what this site's vector was made under"
+        )
+    if header.attempt_id != config.attempt_id or header.binding != terms.plan_digest:
+        raise RemoteError(Reason.CONFIG_MISMATCH, "the envelope and the round inside it are not about the same plan")
+
+
+def _needed(sites: int, colluding: int) -> Thresholds:
+    try:
+        return thresholds(sites, colluding)
+    except LocalError as error:
+        raise RemoteError(Reason.COHORT_SIZE, str(error)) from None
+
+
+def _differing(left: Any, right: Any) -> list[str]:
+    """Names of the fields in which two dataclasses of one class differ, those of nested terms by their own names."""
+    names = []
+    for name in (f.name for f in fields(left)):
+        a, b = getattr(left, name), getattr(right, name)
+        if a != b:
+            names += _differing(a, b) if isinstance(a, m.RoundTerms) else [name]
+    return names
+
+
+def _check_set(session: SiteSession, sites: tuple[str, ...], stage: str, limits: Thresholds) -> None:
+    require_quorum(sites, stage, limits, session.roster)
+    require_peers(sites, stage, session.rule, session.site, session.roster)
+
+
+def _limits(config: m.RoundConfig) -> Thresholds:
+    return Thresholds(config.threshold, config.minimum)
+
+
+# --- A2: check everybody's keys, share the own secrets ---
+
+
+def _share_keys(session: SiteSession, stage: Advertised, envelope: wire.Envelope) -> _Step:
+    config, ctx, own = stage.config, stage.ctx, session.site
+    advertisements = _check_keys(session, stage, _message(envelope, m.PeerKeys).envelopes)
+    members = tuple(advertisements)
+    _check_set(session, members, "A2", _limits(config))
+    u1 = wire.key_set_digest(advertisements)
+
+    xs = [config.x(site) for site in members]
+    seed_shares = shamir.split(stage.self_mask_seed, config.threshold, xs, session.random)
+    key_shares = shamir.split(stage.mask_keys.private, config.threshold, xs, session.random)
+    dealt = {
+        site: DealtShares(m.SelfMaskShare(seed_share), m.PairKeyShare(key_share))
+        for site, seed_share, key_share in zip(members, seed_shares, key_shares, strict=True)
+    }
+
+    sealed, incoming, pair_keys = [], {}, {}
+    for peer, keys in advertisements.items():
+        if peer == own:
+            continue
+        salt = primitives.pair_salt(ctx, u1, own, peer)
+        share_secret = primitives.shared_secret(stage.share_keys.private, keys.share_key, peer)
+        mask_secret = primitives.shared_secret(stage.mask_keys.private, keys.mask_key, peer)
+        outgoing = primitives.share_key(share_secret, salt, own, peer)
+        shares = dealt[peer].self_mask.value + dealt[peer].pair_key.value
+        sealed.append(primitives.seal(outgoing, shares, Parcel(ctx, u1, own, peer)))
+        incoming[peer] = primitives.share_key(share_secret, salt, peer, own)
+        pair_keys[peer] = primitives.pair_mask_key(mask_secret, salt)
+
+    self_mask_key = primitives.self_mask_key(stage.self_mask_seed, ctx)
+    return _Step(Shared(config, ctx, u1, self_mask_key, pair_keys, incoming, dealt[own]), m.ShareKeys(tuple(sealed)))
+
+
+def _check_keys(session: SiteSession, stage: Advertised, envelopes: tuple[bytes, ...]) -> dict[str, m.Advertise]:
+    """U1 by site name, from envelopes that each site of it signed in this very attempt."""
+    advertisements: dict[str, m.Advertise] = {}
+    for data in envelopes:
+        envelope = wire.parse_envelope(data)
+        source = envelope.header.source
+        if source not in stage.config.cohort:
+            raise RemoteError(Reason.UNKNOWN_SITE, f"{source} sent keys and is not in the cohort", (source,))
+        if advertisements and source <= max(advertisements):
+            raise RemoteError(Reason.BAD_MESSAGE, "the sites' keys are not listed once each in ascending order")
+        envelope.verify(session.roster.member(source).public_key)
+        expected = wire.Header(*stage.config.attempt_id, stage.ctx, source, wire.COORDINATOR, sequence=0)
+        if envelope.header != expected:
+            raise RemoteError(Reason.CONFIG_MISMATCH, f"the keys of {source} were made for another attempt", (source,))
+        advertisements[source] = _message(envelope, m.Advertise)
+        if source == session.site and advertisements[source] != stage.advertisement:
+            raise RemoteError(Reason.KEY_ALTERED, "this site's own keys came back altered")
+    if session.site not in advertisements:
+        raise RemoteError(Reason.KEY_ALTERED, "this site's own keys are missing from those that were sent")
+    keys = [key for each in advertisements.values() for key in (each.share_key, each.mask_key)]
+    if len(set(keys)) != len(keys):
+        raise RemoteError(Reason.DUPLICATE_KEY, "two of the keys of this attempt are the same")
+    return advertisements
+
+
+# --- A3: open what the others dealt, mask the vector ---
+
+
+def _mask(session: SiteSession, stage: Shared, envelope: wire.Envelope) -> _Step:
+    config, own = stage.config, session.site
+    dealt = {own: stage.own_shares}
+    for peer, sealed in _message(envelope, m.PeerShares).sealed:
+        if peer not in stage.incoming_share_keys:
+            raise RemoteError(Reason.UNKNOWN_SITE, f"{peer} dealt shares and is not a peer of this attempt", (peer,))
+        parcel = Parcel(stage.ctx, stage.u1, peer, own)
+        shares = primitives.unseal(stage.incoming_share_keys[peer], sealed, parcel)
+        dealt[peer] = DealtShares(
+            m.SelfMaskShare(shares[: shamir.SHARE_BYTES]), m.PairKeyShare(shares[shamir.SHARE_BYTES :])
+        )
+    members = tuple(sorted(dealt))
+    _check_set(session, members, "A3", _limits(config))
+
+    words = session.vectors.load(session.outbox.vector)
+    if words.shape != (config.terms.layout.words,):
+        raise LocalError("the vector in the outbox does not have the size that its own terms give")
+    apply_masks(
+        words,
+        add=[stage.self_mask_key, *(stage.pair_mask_keys[peer] for peer in members if peer < own)],
+        subtract=[stage.pair_mask_keys[peer] for peer in members if peer > own],
+    )
+    masked = session.vectors.store(words)
+    return _Step(
+        Masked(config, stage.ctx, stage.u1, masked, {site: dealt[site] for site in members}),
+        m.MaskedInput(masked),
+        records=(VectorMasked(config.attempt_id, session.outbox.vector, masked),),
+        keep_answer=True,
+        erase=Erase((session.outbox.vector,)),
+    )
+
+
+# --- A4: sign one survivor set ---
+
+
+def _agree(session: SiteSession, stage: Masked, envelope: wire.Envelope) -> _Step:
+    survivors = _message(envelope, m.Survivors).sites
+    if session.site not in survivors:
+        raise RemoteError(Reason.SURVIVORS_INVALID, "this site sent its masked input and is not among the survivors")
+    if strangers := set(survivors) - set(stage.dealt):
+        raise RemoteError(Reason.SURVIVORS_INVALID, f"{', '.join(sorted(strangers))} cannot have survived: not in U2")
+    _check_set(session, survivors, "A4", _limits(stage.config))
+    signature = session.sign(wire.survivors_statement(stage.ctx, stage.u1, survivors))
+    return _Step(
+        Agreed(stage.config, stage.ctx, stage.u1, stage.masked, stage.dealt, survivors),
+        m.Consistency(signature),
+        keep_answer=True,
+    )
+
+
+# --- A5: give one share per site, of the kind that the survivor set decides ---
+
+
+def _unmask(session: SiteSession, stage: Agreed, envelope: wire.Envelope) -> _Step:
+    signatures = _message(envelope, m.Agreement).signatures
+    statement = wire.survivors_statement(stage.ctx, stage.u1, stage.survivors)
+    for signer, signature in signatures:
+        if signer not in stage.config.cohort:
+            raise RemoteError(Reason.UNKNOWN_SITE, f"{signer} signed the survivors and is not in the cohort", (signer,))
+        primitives.verify_signature(session.roster.member(signer).public_key, signature, statement, signer)
+    if len(signatures) < stage.config.threshold:
+        raise RemoteError(
+            Reason.TOO_FEW_SITES,
+            f"{len(signatures)} sites signed this survivor set, and {stage.config.threshold} are needed",
+        )
+    shares = tuple(
+        dealt.self_mask if site in stage.survivors else dealt.pair_key for site, dealt in stage.dealt.items()
+    )
+    return _Step(Finished(), m.Unmask(shares), keep_answer=True, erase=Erase((stage.masked,)))
+
+
+# --- The table of legal transitions ---
+
+_Transition = Callable[[SiteSession, Any, wire.Envelope], _Step]
+
+TRANSITIONS: Mapping[tuple[type[SiteStage], type[m.Message]], _Transition] = {
+    (Waiting, m.RoundConfig): _advertise,
+    (Advertised, m.PeerKeys): _share_keys,
+    (Shared, m.PeerShares): _mask,
+    (Masked, m.Survivors): _agree,
+    (Agreed, m.Agreement): _unmask,
+}
+
+_REFUSALS: Mapping[tuple[type[SiteStage], type[m.Message]], tuple[Reason, str]] = {
+    (Masked, m.PeerShares): (Reason.ALREADY_MASKED, "the vector is masked and is never masked again"),
+    (Agreed, m.PeerShares): (Reason.ALREADY_MASKED, "the vector is masked and is never masked again"),
+    (Finished, m.PeerShares): (Reason.ALREADY_MASKED, "the vector is masked and is never masked again"),
+    (Agreed, m.Survivors): (Reason.SURVIVORS_INVALID, "a survivor set is signed and no other ever is"),
+    (Finished, m.Survivors): (Reason.SURVIVORS_INVALID, "a survivor set is signed and no other ever is"),
+}
+
+
+def _transition(stage: SiteStage, message: m.Message) -> _Transition:
+    key = (type(stage), type(message))
+    if transition := TRANSITIONS.get(key):
+        return transition
+    if isinstance(stage, Lost):
+        raise RemoteError(Reason.SECRETS_LOST, "this site restarted during the attempt and has lost its secrets")
+    reason, why = _REFUSALS.get(
+        key, (Reason.WRONG_STAGE, f"{type(message).__name__} is not what comes after {type(stage).__name__}")
+    )
+    raise RemoteError(reason, why)
+
+
+def _stored_answer(answered: Answered | None, envelope: wire.Envelope, request: bytes) -> bytes | None:
+    """Same sequence and same bytes: the same answer. Anything else under a used sequence is refused."""
+    if answered is None or envelope.header.sequence > answered.sequence:
+        return None
+    same = envelope.header.sequence == answered.sequence and hashlib.sha256(request).digest() == answered.request
+    if not same:
+        raise RemoteError(
+            Reason.SEQUENCE_REUSED, f"request {envelope.header.sequence} came again, and not as the last one answered"
+        )
+    return answered.answer
+
+
+_M = TypeVar("_M", bound=m.Message)
+
+
+def _message(envelope: wire.Envelope, kind: type[_M]) -> _M:
+    if not isinstance(envelope.message, kind):
+        raise RemoteError(Reason.BAD_MESSAGE, f"a {type(envelope.message).__name__} came where {kind.__name__} belongs")
+    return envelope.message
