@@ -1,0 +1,93 @@
+"""Training without differential privacy: epochs of shuffled batches by SGD or AdamW.
+
+For plans with [privacy] unit = "none". What leaves is bounded in range (`update_bound`) and in nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from foedus_common.adapters import Tensors
+from foedus_common.errors import LocalError
+from foedus_common.plan import RoundPlan
+from foedus_common.randomness import RandomBytes
+from foedus_common.tasks.encoder import HEAD
+from foedus_common.tasks.rows import EncodedRows
+from foedus_common.tasks.text_classification import Progress, TextClassifier
+
+DEFAULT_UPDATE_BOUND = 1.0
+
+BatchFeatures = Callable[[NDArray[np.int64]], torch.Tensor]
+
+
+def plain_update(
+    classifier: TextClassifier,
+    adapter: Tensors,
+    rows: EncodedRows,
+    round_plan: RoundPlan,
+    random: RandomBytes,
+    progress: Progress,
+) -> NDArray[np.float64]:
+    """The update of one round, float64 (d,), each coordinate within +-update_bound.
+
+    Batches take the rows in one shuffled order per epoch; a fraction of an epoch stops part-way. The optimiser starts
+    afresh in every round. Raises LocalError when training diverges to numbers that are not finite.
+    """
+    settings, spec = round_plan.settings, classifier.spec
+    features_of, physical = _feature_source(classifier, adapter, rows, settings.train, progress)
+    names = [tensor.name for tensor in spec.trained(settings.train) if tensor.name != HEAD]
+    head = torch.nn.Parameter(torch.from_numpy(adapter[HEAD].copy()).to(classifier.device))
+    weights = [classifier.factors[name].weight.requires_grad_(True) for name in names]
+    optimizer = _optimizer(round_plan, head, weights)
+    batches = _shuffled_batches(len(rows), settings.epochs or 0.0, settings.batch_size or 1, random)
+    for done, batch in enumerate(batches, start=1):
+        optimizer.zero_grad()
+        for part in physical(batch):
+            labels = torch.from_numpy(rows.labels[part]).to(classifier.device)
+            loss = torch.nn.functional.cross_entropy(features_of(part) @ head.T, labels, reduction="sum")
+            torch.autograd.backward(loss / len(batch))
+        optimizer.step()
+        progress("steps", done, len(batches))
+    for weight in weights:
+        weight.requires_grad_(False)
+        weight.grad = None
+    trained = dict(zip([HEAD, *names], [head, *weights], strict=True))
+    after = {name: value.detach().cpu().numpy() for name, value in trained.items()}
+    update = spec.vector(after, settings.train).astype(np.float64) - spec.vector(adapter, settings.train)
+    if not np.isfinite(update).all():
+        raise LocalError("Training diverged: the update is not finite; lower the plan's learning_rate.")
+    bound = settings.update_bound or DEFAULT_UPDATE_BOUND
+    return np.clip(update, -bound, bound)
+
+
+def _feature_source(
+    classifier: TextClassifier, adapter: Tensors, rows: EncodedRows, train: str, progress: Progress
+) -> tuple[BatchFeatures, Callable[[NDArray[np.int64]], Iterable[NDArray[np.int64]]]]:
+    """How a batch's features are had (from the cache while the encoder stands still), and how a batch is cut up."""
+    if train == "head":
+        cached = classifier.features(adapter, rows, progress)
+        return (lambda batch: cached[torch.from_numpy(batch)]), (lambda batch: [batch])
+    classifier.load_factors(adapter)
+    return (lambda batch: classifier.pooled(*rows.inputs(batch))), rows.batches
+
+
+def _optimizer(round_plan: RoundPlan, head: torch.nn.Parameter, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
+    groups = [{"params": [head], "lr": round_plan.learning_rate("head")}]
+    if weights:
+        groups.append({"params": weights, "lr": round_plan.learning_rate("adapter")})
+    if round_plan.settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+    return torch.optim.SGD(groups)
+
+
+def _shuffled_batches(rows: int, epochs: float, size: int, random: RandomBytes) -> list[NDArray[np.int64]]:
+    batches: list[NDArray[np.int64]] = []
+    for _ in range(math.ceil(epochs)):
+        order = np.argsort(np.frombuffer(random(8 * rows), np.dtype("<u8")), kind="stable")
+        batches += [order[start : start + size] for start in range(0, rows, size)]
+    return batches[: max(1, round(epochs * math.ceil(rows / size)))]

@@ -1,0 +1,89 @@
+"""Rows of text as token ids, in batches whose padding never depends on which other rows are in the batch.
+
+A row is padded to a multiple of eight tokens of its own length. So what is computed for it does not change when another
+row joins or leaves the data (which the privacy proof supposes), and little is spent on padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from foedus_common.errors import LocalError
+from foedus_common.plan import Task
+
+TOKENS_PER_BATCH = 2048
+"""How many tokens go through the encoder at once: enough to keep a core busy, few enough to stay in its cache."""
+
+_MULTIPLE = 8
+
+
+@dataclass
+class EncodedRows:
+    """Rows ready for the encoder.
+
+    tokens: per row its token ids, int64 (length,). labels: int64 (n,), indices into the plan's labels; -1 for rows
+    that have none. padded: int64 (n,), the length to which each row is padded. pad: the padding token's id.
+    features: what the classifier computed for these rows last, by the digest of the adapter that it was made under.
+    """
+
+    tokens: list[NDArray[np.int64]]
+    labels: NDArray[np.int64]
+    padded: NDArray[np.int64]
+    pad: int
+    features: dict[bytes, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batches(self, chosen: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """The chosen rows' indices in groups of one padded length and at most TOKENS_PER_BATCH tokens."""
+        for length in np.unique(self.padded[chosen]):
+            group = chosen[self.padded[chosen] == length]
+            size = max(1, TOKENS_PER_BATCH // int(length))
+            yield from (group[start : start + size] for start in range(0, len(group), size))
+
+    def inputs(self, batch: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask of one such group, both int64 (n, length)."""
+        length = int(self.padded[batch[0]])
+        ids = np.full((len(batch), length), self.pad, np.int64)
+        mask = np.zeros((len(batch), length), np.int64)
+        for place, row in enumerate(batch):
+            tokens = self.tokens[row]
+            ids[place, : len(tokens)] = tokens
+            mask[place, : len(tokens)] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's own tokenizer. Raises LocalError when it has none that needs no code of its own."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):
+        raise LocalError(f"The tokenizer in {folder} cannot be loaded; the folder needs a tokenizer.json.") from None
+
+
+def encode_rows(tokenizer: Any, task: Task, rows: Sequence[tuple[str, str | None]]) -> EncodedRows:
+    """Tokenise (text, label) rows, cut to the task's max_length tokens; a label of None means that there is none.
+
+    Raises LocalError for a label that the plan does not have; the sentence does not quote it.
+    """
+    index: dict[str | None, int] = {label: number for number, label in enumerate(task.labels)}
+    index[None] = -1
+    unknown = [number for number, (_, label) in enumerate(rows) if label not in index]
+    if unknown:
+        raise LocalError(f"Row {unknown[0] + 1} of the data has a label that the plan does not list in [task] labels.")
+    labels = np.array([index[label] for _, label in rows], np.int64)
+    texts = [text for text, _ in rows]
+    ids = tokenizer(texts, truncation=True, max_length=task.max_length)["input_ids"] if texts else []
+    tokens = [np.array(row, np.int64) for row in ids]
+    lengths = np.array([max(1, len(row)) for row in tokens], np.int64)
+    padded = np.minimum(-(-lengths // _MULTIPLE) * _MULTIPLE, task.max_length)
+    return EncodedRows(tokens, labels, padded, tokenizer.pad_token_id or 0)

@@ -1,0 +1,150 @@
+"""Text classification: an encoder's pooled features under a linear softmax head.
+
+A row's feature vector is the mean of its tokens' last hidden states (or the first token's), scaled to unit norm, with
+the constant 0.3 appended; the head is one matrix over it. Bounded features keep one row's gradient near the clipping
+bound, and the same features serve both phases, so the head that the first one trained carries over.
+Knows nothing of privacy or of optimisation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+
+from foedus_common.adapters import AdapterSpec, Tensors
+from foedus_common.errors import LocalError
+from foedus_common.plan import RunPlan, Task
+from foedus_common.tasks.encoder import HEAD, factors, load_encoder, spec_of
+from foedus_common.tasks.rows import EncodedRows, encode_rows, load_tokenizer
+
+CONSTANT = 0.3
+"""The last feature of every row; the head's bias is the last column of its matrix times this."""
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, total): how far a long computation is; what is "features" or "steps"."""
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """For callers that do not look."""
+
+
+class TextClassifier:
+    """The model of one plan on one device. Holds one adapter at a time; not for use from two threads at once."""
+
+    def __init__(self, encoder: PeftModel, tokenizer: Any, task: Task, spec: AdapterSpec, dtype: torch.dtype) -> None:
+        self.encoder = encoder
+        self.spec = spec
+        self.factors = factors(encoder)
+        self.device: torch.device = next(encoder.parameters()).device
+        self._tokenizer = tokenizer
+        self._task = task
+        self._dtype = dtype
+
+    @classmethod
+    def load(cls, folder: Path, plan: RunPlan, device: str = "auto", dtype: DType = "auto") -> TextClassifier:
+        """The plan's model from a local folder. device: "auto", "cpu" or "cuda:N"; dtype: of the matrix products in
+        the encoder ("auto": bfloat16 where the machine is quick at it). Raises LocalError with one sentence."""
+        place = choose_device(device)
+        encoder = load_encoder(folder, plan, place)
+        tokenizer = load_tokenizer(folder)
+        return cls(encoder, tokenizer, plan.task, spec_of(encoder, plan), choose_dtype(dtype, place))
+
+    def encode(self, rows: Sequence[tuple[str, str | None]]) -> EncodedRows:
+        """(text, label) rows ready for this model; see `encode_rows`."""
+        return encode_rows(self._tokenizer, self._task, rows)
+
+    def load_factors(self, tensors: Tensors) -> None:
+        """Put an adapter's factors (all its tensors but the head) into the encoder."""
+        with torch.no_grad():
+            for name, module in self.factors.items():
+                module.weight.copy_(torch.from_numpy(tensors[name]))
+
+    def pooled(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Features (n, hidden size + 1) of token ids and attention mask (n, length), with their graph if it is kept."""
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if self._task.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weights = mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        unit = torch.nn.functional.normalize(pooled, dim=1)
+        return torch.cat([unit, unit.new_full((len(unit), 1), CONSTANT)], dim=1)
+
+    def features(self, adapter: Tensors, rows: EncodedRows, progress: Progress = no_progress) -> torch.Tensor:
+        """Features of all rows under an adapter, float32 (n, hidden size + 1). Kept with the rows until they are asked
+        for under other factors, so a phase that trains only the head computes them once."""
+        key = self._factors_digest(adapter)
+        if key not in rows.features:
+            self.load_factors(adapter)
+            result = torch.empty(len(rows), self.spec.tensors[0].shape[1], device=self.device)
+            done = 0
+            with torch.no_grad():
+                for batch in rows.batches(np.arange(len(rows))):
+                    result[torch.from_numpy(batch)] = self.pooled(*rows.inputs(batch)).to(result.dtype)
+                    done += len(batch)
+                    progress("features", done, len(rows))
+            rows.features = {key: result}
+        return rows.features[key]
+
+    def predict(self, adapter: Tensors, rows: EncodedRows, progress: Progress = no_progress) -> NDArray[np.int64]:
+        """The likeliest label of each row, int64 (n,), as indices into the plan's labels."""
+        head = torch.from_numpy(adapter[HEAD]).to(self.device)
+        likeliest: NDArray[np.int64] = (self.features(adapter, rows, progress) @ head.T).argmax(dim=1).cpu().numpy()
+        return likeliest
+
+    def accuracy(self, adapter: Tensors, rows: EncodedRows, progress: Progress = no_progress) -> float:
+        """The share of rows whose label is the likeliest one."""
+        return float((self.predict(adapter, rows, progress) == rows.labels).mean())
+
+    def _factors_digest(self, adapter: Tensors) -> bytes:
+        state = hashlib.sha256()
+        for name in self.factors:
+            state.update(adapter[name].tobytes())
+        return state.digest()
+
+
+def head_as_linear(adapter: Tensors) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The head as an ordinary linear layer over unit-norm features: weight (labels, hidden size), bias (labels,)."""
+    return adapter[HEAD][:, :-1].copy(), (adapter[HEAD][:, -1] * np.float32(CONSTANT)).astype(np.float32)
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" is the first GPU if there is one, else the CPU. Raises LocalError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise LocalError(f'The device {device!r} is not known; write "auto", "cpu" or "cuda:0".') from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise LocalError(f"The device {device!r} was asked for, but this machine has no usable GPU.")
+    return chosen
+
+
+def choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on GPUs that have it and on CPUs with bfloat16 instructions (twice as fast there), else
+    float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    quick = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+    return torch.bfloat16 if quick else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
