@@ -1,0 +1,374 @@
+"""A site's end of the link: one stream to the coordinator, and the messages on it handed to a Flower `ClientApp`.
+
+An event loop on a thread of its own keeps the stream up; the app runs in worker threads, one message at a time for
+each run. Message bodies are opaque here. Lives in the daemon's process, which does not train: heartbeats never wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.clientapp import ClientApp
+
+from foedus_common.errors import FoedusError, LocalError
+from foedus_common.link import foedus_pb2 as pb
+from foedus_common.link import foedus_pb2_grpc as pb_grpc
+from foedus_common.link.transport import (
+    CHANNEL_OPTIONS,
+    COORDINATOR_NODE,
+    DEFAULT_TIMING,
+    MAX_BODY,
+    MAX_ENROL_BODY,
+    PROTOCOL_VERSION,
+    Timing,
+    TlsIdentity,
+    node_id,
+)
+from foedus_common.objects import ObjectRef, ObjectStore
+from foedus_common.randomness import RandomBytes, system_random
+
+from .transfers import Transfers, check_size, pauses
+
+logger = logging.getLogger(__name__)
+
+_KEPT_REPLIES = 64
+_MAX_AT_WORK = 64
+_ENROL_SECONDS = 30.0
+
+
+class LinkState(StrEnum):
+    """How the stream to the coordinator stands."""
+
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    REFUSED = "refused"
+    """The coordinator is there, but trust is missing: a person has to act."""
+    AWAY = "away"
+    STOPPED = "stopped"
+
+
+class SiteLink:
+    """Keeps the site named `site` connected to its coordinator. All methods may be called from any thread.
+
+    `on_state(state, sentence)` is called from the link's thread at every change; the sentence is for a person.
+    A transfer gives up when nothing has moved for `patience` seconds; larger objects than `max_object_bytes` are
+    not downloaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: str,
+        address: str,
+        tls: TlsIdentity,
+        objects: ObjectStore,
+        on_state: Callable[[LinkState, str], None] = lambda state, sentence: None,
+        max_object_bytes: int = 4 << 30,
+        patience: float = 120.0,
+        random: RandomBytes = system_random,
+        timing: Timing = DEFAULT_TIMING,
+    ) -> None:
+        self._node = node_id(site)
+        self._address = address
+        self._credentials = grpc.ssl_channel_credentials(tls.authority, tls.private_key, tls.certificate)
+        self._objects = objects
+        self._on_state = on_state
+        self._max_object_bytes = max_object_bytes
+        self._patience = patience
+        self._random = random
+        self._timing = timing
+        self._state = (LinkState.STOPPED, "")
+        self._at_work: set[str] = set()
+        self._last_of_run: dict[int, asyncio.Task[None]] = {}
+        self._replies: OrderedDict[str, pb.Reply] = OrderedDict()
+        self._outgoing: asyncio.Queue[pb.Reply] = asyncio.Queue()
+
+    def start(self, app: ClientApp, context_for: Callable[[int], Context]) -> None:
+        """Connect, and keep coming back until `stop`. `context_for(run_id)` gives the app its Flower context.
+
+        The app is called in worker threads: for one run in the order of the requests and one at a time, for
+        different runs at once. After a reconnection it is not called again for a request that it is still working
+        on or has just answered; after a restart of the site it is.
+        """
+        self._app = app
+        self._context_for = context_for
+        started = threading.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._main(started)), name="foedus-link", daemon=True
+        )
+        self._thread.start()
+        started.wait()
+
+    def stop(self) -> None:
+        """Hang up. Requests at work are abandoned; the coordinator repeats them after the next start."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set_result, None)
+            self._thread.join()
+
+    def fetch(self, run_id: int, ref: ObjectRef) -> Path:
+        """Download an object that the coordinator offers this site in this run, unless it is here; blocks.
+
+        Raises:
+            RemoteError: BAD_MESSAGE when it is too large, or not what its reference says.
+            LocalError: the coordinator would not give it, or the link was stopped.
+        """
+        check_size(ref, self._max_object_bytes)
+        self._await(lambda transfers: transfers.fetch(run_id, ref))
+        return self._objects.path(ref)
+
+    def push(self, run_id: int, ref: ObjectRef) -> None:
+        """Upload an object of this site's store; blocks until the coordinator has it whole and checked.
+
+        Raises:
+            LocalError: the coordinator would not take it, or the link was stopped.
+        """
+        self._await(lambda transfers: transfers.push(run_id, ref))
+
+    def _await(self, transfer: Callable[[Transfers], Coroutine[Any, Any, None]]) -> None:
+        async def on_loop() -> None:
+            await transfer(self._transfers)
+
+        moving = on_loop()
+        try:
+            done = asyncio.run_coroutine_threadsafe(moving, self._loop)
+        except RuntimeError:
+            moving.close()
+            raise LocalError("The link is stopped; no object can move.") from None
+        try:
+            done.result()
+        except CancelledError:
+            raise LocalError("The link was stopped while an object was moving.") from None
+
+    async def _main(self, started: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping: asyncio.Future[None] = self._loop.create_future()
+        async with self._channel() as channel:
+            self._transfers = Transfers(
+                channel, self._objects, patience=self._patience, random=self._random, timing=self._timing
+            )
+            started.set()
+            staying = asyncio.create_task(self._stay_connected())
+            await self._stopping
+            staying.cancel()
+            await asyncio.wait([staying])
+        self._tell(LinkState.STOPPED, "")
+
+    def _channel(self) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(self._address, self._credentials, CHANNEL_OPTIONS)
+
+    async def _stay_connected(self) -> None:
+        self._tell(LinkState.CONNECTING, f"Connecting to the coordinator at {self._address}.")
+        waits = pauses(self._random)
+        while True:
+            try:
+                # A new channel each time: gRPC's own would wait for up to two minutes between attempts.
+                async with self._channel() as channel:
+                    await self._converse(channel)
+                self._tell(LinkState.AWAY, f"The coordinator at {self._address} is stopping; waiting for it.")
+            except grpc.aio.AioRpcError as error:
+                self._tell(*explain(error, self._address))
+            except TimeoutError:
+                self._tell(LinkState.AWAY, f"The coordinator at {self._address} fell silent; trying again.")
+            except Exception as error:
+                logger.error("the stream to the coordinator broke: %s", type(error).__name__)
+                self._tell(LinkState.AWAY, f"The stream to {self._address} broke; trying again.")
+            if self._was_connected:
+                waits = pauses(self._random)
+            await asyncio.sleep(next(waits))
+
+    async def _converse(self, channel: grpc.aio.Channel) -> None:
+        self._was_connected = False
+        call = pb_grpc.LinkStub(channel).Control()
+        try:
+            # The first read says why, if the call was refused before this could be written.
+            with suppress(asyncio.InvalidStateError):
+                await call.write(pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
+            async with asyncio.timeout(self._timing.silence):
+                await call.read()
+            self._was_connected = True
+            self._tell(LinkState.CONNECTED, f"Connected to the coordinator at {self._address}.")
+            # Replies for an earlier stream are not lost: the coordinator asks again, and they are kept.
+            self._outgoing = asyncio.Queue()
+            speaking = asyncio.create_task(self._speak(call))
+            try:
+                await self._listen(call)
+            finally:
+                speaking.cancel()
+                await asyncio.wait([speaking])
+        finally:
+            call.cancel()
+
+    async def _listen(self, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            async with asyncio.timeout(self._timing.silence):
+                message = await call.read()
+            if message is grpc.aio.EOF:
+                return
+            if message.WhichOneof("part") == "request":
+                self._take(message.request)
+
+    async def _speak(self, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._timing.heartbeat):
+                    message = pb.FromSite(reply=await self._outgoing.get())
+            except TimeoutError:
+                message = pb.FromSite(heartbeat=pb.Heartbeat())
+            await call.write(message)
+
+    def _take(self, request: pb.Request) -> None:
+        if request.id in self._at_work:
+            return
+        if request.id in self._replies:
+            self._outgoing.put_nowait(self._replies[request.id])
+        elif len(self._at_work) == _MAX_AT_WORK:
+            self._outgoing.put_nowait(pb.Reply(id=request.id, failure="The site has too much to do."))
+        else:
+            self._at_work.add(request.id)
+            before = self._last_of_run.get(request.run_id)
+            self._last_of_run[request.run_id] = asyncio.create_task(self._work(request, before))
+
+    async def _work(self, request: pb.Request, before: asyncio.Task[None] | None) -> None:
+        """Answer one request, after the one `before` it in the same run."""
+        if before:
+            await asyncio.wait([before])
+        reply = await self._in_thread(self._answer, request)
+        self._at_work.remove(request.id)
+        if self._last_of_run[request.run_id] is asyncio.current_task():
+            del self._last_of_run[request.run_id]
+        if reply.WhichOneof("outcome") == "body":
+            self._replies[request.id] = reply
+            if len(self._replies) > _KEPT_REPLIES:
+                self._replies.popitem(last=False)
+        self._outgoing.put_nowait(reply)
+
+    async def _in_thread(self, function: Callable[[pb.Request], pb.Reply], request: pb.Request) -> pb.Reply:
+        """Like `asyncio.to_thread`, without its limit on threads and without keeping the process from ending.
+
+        A site's approval can take hours, and must hold up neither other runs nor a stop.
+        """
+        future: asyncio.Future[pb.Reply] = self._loop.create_future()
+
+        def finish(reply: pb.Reply) -> None:
+            if not future.done():
+                future.set_result(reply)
+
+        def work() -> None:
+            reply = function(request)
+            with suppress(RuntimeError):  # the loop is closed: the link was stopped
+                self._loop.call_soon_threadsafe(finish, reply)
+
+        threading.Thread(target=work, name=f"foedus-run-{request.run_id}", daemon=True).start()
+        return await future
+
+    def _answer(self, request: pb.Request) -> pb.Reply:
+        try:
+            body = body_of(self._app(self._message(request), self._context_for(request.run_id)))
+            return pb.Reply(id=request.id, body=body)
+        except FoedusError as error:
+            logger.error("%s of run %d failed: %s", request.message_type, request.run_id, error)
+        except Exception as error:
+            # Where and what kind, without the text: a library's text may quote data.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error(
+                "%s of run %d failed: %s at\n%s", request.message_type, request.run_id, type(error).__name__, where
+            )
+        return pb.Reply(id=request.id, failure="The site's program failed; the log of the site says why.")
+
+    def _message(self, request: pb.Request) -> Message:
+        metadata = Metadata(
+            run_id=request.run_id,
+            message_id=request.id,
+            src_node_id=COORDINATOR_NODE,
+            dst_node_id=self._node,
+            reply_to_message_id="",
+            group_id=request.group_id,
+            created_at=request.created_at,
+            ttl=request.ttl,
+            message_type=request.message_type,
+        )
+        content = RecordDict({"foedus": ConfigRecord({"body": request.body})})
+        message: Message = Message(metadata=metadata, content=content)  # type: ignore[call-overload]
+        return message
+
+    def _tell(self, state: LinkState, sentence: str) -> None:
+        if (state, sentence) != self._state:
+            self._state = (state, sentence)
+            self._on_state(state, sentence)
+
+
+def body_of(reply: Message) -> bytes:
+    """What the app answered.
+
+    Raises:
+        LocalError: it is no content of ours, or too large for the control stream.
+    """
+    record = reply.content.get("foedus")
+    body = record.get("body") if isinstance(record, ConfigRecord) else None
+    if not isinstance(body, bytes):
+        raise LocalError("The app's reply has no record `foedus` with a body of bytes.")
+    if len(body) > MAX_BODY:
+        raise LocalError(f"The app's reply of {len(body)} bytes is above {MAX_BODY}; push an object instead.")
+    return body
+
+
+def enrol(address: str, authority: bytes, body: bytes) -> bytes:
+    """Hand an enrolment request to the coordinator and give its answer; `authority` (PEM) is the CA it must show.
+
+    Raises:
+        LocalError: the coordinator cannot be reached, cannot be trusted, or refused; the sentence says which.
+    """
+    if len(body) > MAX_ENROL_BODY:
+        raise LocalError(f"An enrolment request of {len(body)} bytes is above {MAX_ENROL_BODY}.")
+    with grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), CHANNEL_OPTIONS) as channel:
+        try:
+            answer = pb_grpc.EnrolmentStub(channel).Enrol(pb.EnrolRequest(body=body), timeout=_ENROL_SECONDS)
+        except grpc.RpcError as error:
+            raise LocalError(explain(error, address)[1]) from None
+    return bytes(answer.body)
+
+
+_SAID_BY_COORDINATOR = {
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+_HUNG_UP = "hung up: it is stopping, or its authority did not sign this site's certificate"
+_SAID_BY_GRPC = [
+    ("CERTIFICATE_VERIFY_FAILED", LinkState.REFUSED, "shows a certificate that this site's authority did not sign"),
+    ("is not in peer certificate", LinkState.REFUSED, "shows a certificate for another name or address"),
+    ("Connection refused", LinkState.AWAY, "is down: nothing listens there"),
+    ("Socket closed", LinkState.AWAY, _HUNG_UP),
+    (
+        "Connection reset",
+        LinkState.AWAY,
+        "hung up: it is stopping, or its authority did not sign this site's certificate",
+    ),
+    ("DNS", LinkState.AWAY, "cannot be found: its name does not resolve"),
+]
+
+
+def explain(error: grpc.RpcError, address: str) -> tuple[LinkState, str]:
+    """What a failed call means, in one sentence for a person."""
+    details = error.details() or ""
+    if error.code() in _SAID_BY_COORDINATOR:
+        return LinkState.REFUSED, details
+    for mark, state, meaning in _SAID_BY_GRPC:
+        if mark in details:
+            return state, f"The coordinator at {address} {meaning}."
+    return LinkState.AWAY, f"The coordinator at {address} cannot be reached ({error.code().name.lower()})."

@@ -1,0 +1,87 @@
+"""What both ends of the link agree on: sizes, times, channel options, and how a site is named on it.
+
+The times are measured choices (docs/decisions): a frozen peer or a cut cable is noticed within 15 s, and a client
+pings no faster than the server allows, or the server would answer GOAWAY.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+PROTOCOL_VERSION = 1
+
+MAX_BODY = 256 * 1024
+"""Bytes in the body of a control message; anything larger travels as an object."""
+CHUNK = 256 * 1024
+"""Bytes in one chunk of an object."""
+MAX_ENROL_BODY = 16 * 1024
+_FRAMING = 1024
+"""Room for the other fields of a message that carries a body or a chunk."""
+
+SITE_URI = "foedus://site/"
+"""Prefix of the one URI in a site certificate's subject alternative name; the site's name follows."""
+COORDINATOR_NODE = 1
+"""Flower node id of the coordinator."""
+
+
+@dataclass(frozen=True)
+class TlsIdentity:
+    """What one end shows and trusts, all PEM: its chain, its private key, and the authority of the other end."""
+
+    certificate: bytes
+    private_key: bytes = field(repr=False)
+    authority: bytes
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds."""
+
+    heartbeat: float = 3.0
+    """Each end says something at least this often."""
+    silence: float = 10.0
+    """An end that heard nothing for this long gives the stream up."""
+    progress: float = 30.0
+    """A transfer in which no chunk moves for this long is cut; it resumes where it was."""
+
+
+DEFAULT_TIMING = Timing()
+
+
+def node_id(site: str) -> int:
+    """Flower node id of a site: 63 bits of SHA-256 over its name."""
+    return int.from_bytes(hashlib.sha256(b"foedus-node/" + site.encode()).digest()[:8], "big") >> 1
+
+
+_COMMON_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_BODY + _FRAMING),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+CHANNEL_OPTIONS = [
+    *_COMMON_OPTIONS,
+    # Channels share connections, and their back-off, unless told not to: ours come back on our own schedule,
+    # and bulk transfers do not queue in front of heartbeats.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+]
+
+SERVER_OPTIONS = [
+    *_COMMON_OPTIONS,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_concurrent_streams", 32),  # of one connection, that is of one site
+    ("grpc.so_reuseport", 0),  # or a second coordinator would share the port without an error
+]
+
+ENROLMENT_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_ENROL_BODY + 16),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_concurrent_streams", 4),
+    ("grpc.so_reuseport", 0),
+]

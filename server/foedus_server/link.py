@@ -1,0 +1,382 @@
+"""The coordinator's end of the link: a gRPC server on a thread of its own, and a Flower `Grid` for each run.
+
+A run's thread pushes Flower messages and pulls the replies; the server carries them to the sites. Message bodies are
+opaque here, identity is the business of `link_service`, and unanswered requests that of `mailbox`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from flwr.app import ConfigRecord, Error, Message, Metadata, RecordDict
+from flwr.serverapp import Grid
+
+from foedus_common.clock import Clock, SystemClock
+from foedus_common.errors import LocalError
+from foedus_common.link import foedus_pb2 as pb
+from foedus_common.link import foedus_pb2_grpc as pb_grpc
+from foedus_common.link.transport import (
+    COORDINATOR_NODE,
+    DEFAULT_TIMING,
+    ENROLMENT_OPTIONS,
+    MAX_BODY,
+    SERVER_OPTIONS,
+    Timing,
+    TlsIdentity,
+    node_id,
+)
+from foedus_common.objects import ObjectRef, ObjectStore
+from foedus_common.randomness import RandomBytes, system_random
+
+from .link_service import EnrolmentService, LinkService, RateLimit, SiteDirectory, not_admitted
+from .mailbox import Mailbox, RunFiles
+
+DAY = 86_400.0
+SITE_FAILED = 1
+"""Code of a Flower `Error`: the site's program raised; its own log says what."""
+
+
+class LinkStopping(LocalError):
+    """The coordinator is going down in good order: a run's thread ends on it, and continues after the next start."""
+
+
+class LinkServer:
+    """Listens for sites and for enrolment. All methods may be called from any thread.
+
+    `directory` says which certificate may speak for which site; `objects` holds what sites may download; uploads lie
+    below `uploads`, per run and site. `enrol` answers an enrolment request, or raises a `FoedusError` whose sentence
+    the caller sees. Addresses are `host:port`; port 0 takes a free one.
+    """
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        enrol_address: str,
+        tls: TlsIdentity,
+        directory: SiteDirectory,
+        objects: ObjectStore,
+        uploads: Path,
+        enrol: Callable[[bytes], bytes],
+        clock: Clock | None = None,
+        random: RandomBytes = system_random,
+        timing: Timing = DEFAULT_TIMING,
+    ) -> None:
+        self.address = address
+        self.enrol_address = enrol_address
+        self.clock = clock or SystemClock()
+        self.random = random
+        self.mailbox = Mailbox(self.clock)
+        self._tls = tls
+        self._uploads = uploads
+        self._grids: dict[int, SiteGrid] = {}
+        self._files: dict[int, RunFiles] = {}
+        self._service = LinkService(directory, self.mailbox, objects, self._files, timing)
+        self._enrolment = EnrolmentService(enrol, RateLimit(self.clock))
+
+    def start(self) -> None:
+        """Listen; `address` and `enrol_address` then name the ports that were taken.
+
+        Raises:
+            LocalError: a port is in use, or cannot be listened on.
+        """
+        listening: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._serve(listening)), name="foedus-link", daemon=True
+        )
+        self._thread.start()
+        listening.result()
+
+    def drain_and_stop(self, grace: float = 5.0) -> None:
+        """Wake the runs' threads with `LinkStopping`, say goodbye to the sites, then stop.
+
+        Transfers under way get `grace` seconds to end.
+        """
+        for grid in list(self._grids.values()):
+            grid.stop()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set_result, grace)
+            self._thread.join()
+
+    def grid(self, run_id: int, max_upload_bytes: int) -> SiteGrid:
+        """The grid of one run, until it is closed; each site may hold `max_upload_bytes` of uploads in it at a time.
+
+        Raises:
+            LocalError: the run has a grid already.
+        """
+        grid = SiteGrid(run_id, self, RunFiles(self._uploads / str(run_id), max_upload_bytes))
+        self.mailbox.watch(run_id, grid.changed.set)
+        self._grids[run_id] = grid
+        self._files[run_id] = grid.files
+        return grid
+
+    def forget_run(self, run_id: int) -> None:
+        """`SiteGrid.close` calls it."""
+        self.mailbox.close(run_id)
+        self._grids.pop(run_id, None)
+        self._files.pop(run_id, None)
+
+    def connected(self) -> dict[str, float]:
+        """Sites that are here, and since when (Unix seconds)."""
+        return self.mailbox.connected()
+
+    def disconnect(self, site: str) -> None:
+        """End the site's stream at once: it was revoked."""
+        self._loop.call_soon_threadsafe(self._service.end_stream, site, not_admitted())
+
+    async def _serve(self, listening: Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping: asyncio.Future[float] = self._loop.create_future()
+        pair = [(self._tls.private_key, self._tls.certificate)]
+        link = grpc.aio.server(options=SERVER_OPTIONS)
+        pb_grpc.add_LinkServicer_to_server(self._service, link)
+        enrolment = grpc.aio.server(options=ENROLMENT_OPTIONS, maximum_concurrent_rpcs=8)
+        pb_grpc.add_EnrolmentServicer_to_server(self._enrolment, enrolment)
+        try:
+            mutual = grpc.ssl_server_credentials(pair, self._tls.authority, require_client_auth=True)
+            self.address = _listen(link, self.address, mutual)
+            self.enrol_address = _listen(enrolment, self.enrol_address, grpc.ssl_server_credentials(pair))
+            await link.start()
+            await enrolment.start()
+        except Exception as error:
+            return listening.set_exception(error)
+        listening.set_result(None)
+        grace = await self._stopping
+        # Streams first: `stop` would wait for them through the whole grace.
+        self._service.end_all_streams()
+        await asyncio.gather(link.stop(grace), enrolment.stop(grace))
+
+
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> str:
+    try:
+        taken = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        raise LocalError(
+            f"Cannot listen on {address}: the port is in use or the address is not of this machine; "
+            "stop the other program or choose another port."
+        ) from None
+    return f"{address.rpartition(':')[0]}:{taken}"
+
+
+class SiteGrid(Grid):
+    """Flower's `Grid` for one run, over the link. One thread drives it.
+
+    Beyond Flower's contract: `wait` instead of sleeping, sites by name, and the run's objects. A request stays valid
+    for its time to live, also across reconnections of its site.
+    """
+
+    def __init__(self, run_id: int, link: LinkServer, files: RunFiles) -> None:
+        self.run_id = run_id
+        self.files = files
+        self.changed = threading.Event()
+        self._link = link
+        self._run: Any = None
+        self._stopped = False
+        self._names: dict[int, str] = {}
+        self._requests: dict[str, Message] = {}
+
+    # Flower's contract
+
+    def set_run(self, run: Any) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """What `set_run` was given."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Deprecated in Flower and never called by us; see `message`."""
+        return self._message(content, message_type, dst_node_id, group_id, DAY if ttl is None else ttl)
+
+    def get_node_ids(self) -> list[int]:
+        """Node ids of the connected sites, in the order of their names."""
+        return [self.node(site) for site in sorted(self._link.connected())]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send requests on; returns at once. A site that is away gets its request when it comes back.
+
+        Raises:
+            LinkStopping: see there.
+            LocalError: a body is too large, or a node id is no site that this grid has heard of.
+        """
+        return [self._push(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that have arrived, each once; never waits. A site whose program failed gives a Flower `Error`.
+
+        Raises:
+            LinkStopping: see there.
+        """
+        self._check_running()
+        return [_reply_message(reply, self._requests.pop(reply.id)) for reply in self._link.mailbox.take(message_ids)]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Push, and wait for all replies or until the time is up; then the missing ones are forgotten."""
+        waiting = set(self.push_messages(messages))
+        deadline = self._link.clock.monotonic() + (DAY if timeout is None else timeout)
+        replies: list[Message] = []
+        while waiting:
+            arrived = self.pull_messages(waiting)
+            replies += arrived
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            left = deadline - self._link.clock.monotonic()
+            if not waiting or left <= 0:
+                break
+            self.wait(left)
+        self.forget(waiting)
+        return replies
+
+    # Beyond it
+
+    def wait(self, timeout: float) -> None:
+        """Sleep until a reply to this run arrives or a site comes or goes, at most `timeout` seconds.
+
+        What happened since the last wait counts: pull, then wait, and nothing is missed.
+
+        Raises:
+            LinkStopping: see there.
+        """
+        self.changed.wait(timeout)
+        self.changed.clear()
+        self._check_running()
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Nobody waits for these replies any more; a site that comes back is not asked again."""
+        for message_id in (ids := list(message_ids)):
+            self._requests.pop(message_id, None)
+        self._link.mailbox.forget(ids)
+
+    def message(self, site: str, message_type: str, body: bytes, *, ttl: float, group_id: str = "") -> Message:
+        """A request to `site`, valid for `ttl` seconds; push it to send it."""
+        return self._message(content_of(body), message_type, self.node(site), group_id, ttl)
+
+    def node(self, site: str) -> int:
+        """Flower node id of a site."""
+        node = node_id(site)
+        self._names[node] = site
+        return node
+
+    def site(self, node: int) -> str:
+        """Name of a site that is connected or that this grid has sent something to.
+
+        Raises:
+            LocalError: it is neither.
+        """
+        if node not in self._names:
+            self.get_node_ids()
+        if node not in self._names:
+            raise LocalError(f"Run {self.run_id} knows no site with node id {node}.")
+        return self._names[node]
+
+    def allow(self, ref: ObjectRef, sites: Collection[str]) -> None:
+        """Let these sites download an object of the coordinator's store, until the grid is closed."""
+        self.files.allow(ref, sites)
+
+    def upload(self, site: str, ref: ObjectRef) -> Path:
+        """The file that `site` uploaded under this reference, checked when it arrived.
+
+        Raises:
+            RemoteError: BAD_MESSAGE when that site uploaded no such object in this run.
+        """
+        return self.files.upload(site, ref)
+
+    def discard(self, site: str, ref: ObjectRef) -> None:
+        """Delete an upload that is used up, which frees the site's room under the run's cap."""
+        self.files.discard(site, ref)
+
+    def close(self) -> None:
+        """The run is over: forget its requests, delete its uploads, allow nothing any more."""
+        self._link.forget_run(self.run_id)
+        self.files.close()
+
+    def stop(self) -> None:
+        """The link is stopping: whoever waits is woken, and every further call raises `LinkStopping`."""
+        self._stopped = True
+        self.changed.set()
+
+    def _message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        node: int,
+        group_id: str,
+        ttl: float,
+        message_id: str = "",
+    ) -> Message:
+        # `Message(content, node, type)` would read Flower's process globals; metadata given whole does not.
+        metadata = Metadata(
+            run_id=self.run_id,
+            message_id=message_id,
+            src_node_id=COORDINATOR_NODE,
+            dst_node_id=node,
+            reply_to_message_id="",
+            group_id=group_id,
+            created_at=self._link.clock.now(),
+            ttl=ttl,
+            message_type=message_type,
+        )
+        message: Message = Message(metadata=metadata, content=content)  # type: ignore[call-overload]
+        return message
+
+    def _push(self, message: Message) -> str:
+        self._check_running()
+        to = message.metadata
+        site = self.site(to.dst_node_id)
+        body = body_of(message)
+        if len(body) > MAX_BODY:
+            raise LocalError(f"A message of {len(body)} bytes is above {MAX_BODY}; send a reference to an object.")
+        message_id = self._link.random(16).hex()
+        request = pb.Request(
+            id=message_id,
+            run_id=self.run_id,
+            message_type=to.message_type,
+            group_id=to.group_id,
+            created_at=to.created_at,
+            ttl=to.ttl,
+            body=body,
+        )
+        # Kept without its body, for the reply to refer to.
+        self._requests[message_id] = self._message(
+            RecordDict(), to.message_type, to.dst_node_id, to.group_id, to.ttl, message_id
+        )
+        self.files.expect(site)
+        self._link.mailbox.post(site, request)
+        return message_id
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise LinkStopping("The coordinator is stopping; the run goes on after the next start.")
+
+
+def content_of(body: bytes) -> RecordDict:
+    """Content of our Flower messages: one ConfigRecord with the opaque body."""
+    return RecordDict({"foedus": ConfigRecord({"body": body})})
+
+
+def body_of(message: Message) -> bytes:
+    """The opaque body.
+
+    Raises:
+        LocalError: the message is not one of ours, or it carries an error.
+    """
+    record = message.content.get("foedus") if message.has_content() else None
+    body = record.get("body") if isinstance(record, ConfigRecord) else None
+    if not isinstance(body, bytes):
+        raise LocalError("A Flower message without our record `foedus` cannot travel over the link.")
+    return body
+
+
+def _reply_message(reply: pb.Reply, request: Message) -> Message:
+    if reply.WhichOneof("outcome") == "failure":
+        return Message(Error(SITE_FAILED, reply.failure[:300]), reply_to=request)
+    return Message(content_of(reply.body), reply_to=request)

@@ -1,0 +1,316 @@
+"""The gRPC services of the coordinator: control streams and objects for sites, enrolment for those to be.
+
+Every call and every chunk is admitted by certificate. Runs on the link's event loop; knows no Flower.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import grpc
+import grpc.aio
+
+from foedus_common.clock import Clock
+from foedus_common.errors import FoedusError, LocalError, RemoteError
+from foedus_common.link import foedus_pb2 as pb
+from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, SITE_URI, Timing
+from foedus_common.objects import ObjectRef, ObjectStore
+
+from .mailbox import Mailbox, RunFiles
+
+logger = logging.getLogger(__name__)
+
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+class SiteDirectory(Protocol):
+    """Who may speak. Asked at every call and every chunk, on the event loop: it must be cheap."""
+
+    def site_for(self, san_name: str, certificate_sha256: bytes) -> bool:
+        """Whether this site is approved with this certificate and not revoked."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The other end of a connection, as TLS proved it: the site's name, and SHA-256 of its certificate (DER)."""
+
+    site: str
+    certificate_sha256: bytes
+
+
+def peer_of(context: Context) -> Peer | None:
+    """Who the client certificate says is calling; None unless it names exactly one site, over TLS 1.3."""
+    proved = context.auth_context()
+    if proved.get("ssl_tls_version") != [b"TLSv1.3"]:
+        return None
+    names = [uri for uri in proved.get("peer_uri", []) if uri.startswith(SITE_URI.encode())]
+    if len(names) != 1:
+        return None
+    pem = b"".join(proved["x509_pem_cert"]).decode()
+    body = pem.split("-----BEGIN CERTIFICATE-----")[1].split("-----END CERTIFICATE-----")[0]
+    return Peer(names[0].decode().removeprefix(SITE_URI), hashlib.sha256(base64.b64decode(body)).digest())
+
+
+class Refusal(Exception):
+    """Ends a call with this gRPC status and one sentence."""
+
+    def __init__(self, code: grpc.StatusCode, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+def not_admitted() -> Refusal:
+    return Refusal(
+        grpc.StatusCode.PERMISSION_DENIED,
+        "The coordinator does not admit this site's certificate: it is not approved yet, or it was revoked.",
+    )
+
+
+def _nothing_here() -> Refusal:
+    """One answer for "no such run", "not your run", "no such object" and "not your object": no probing."""
+    return Refusal(grpc.StatusCode.NOT_FOUND, "The coordinator has nothing of that name for this site.")
+
+
+@asynccontextmanager
+async def _refusals(context: Context) -> AsyncIterator[None]:
+    """What a call refuses leaves as a status that says why."""
+    try:
+        yield
+    except Refusal as error:
+        await context.abort(error.code, str(error))
+    except RemoteError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except LocalError as error:
+        await context.abort(grpc.StatusCode.ABORTED, str(error))
+    except TimeoutError:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "The site fell silent.")
+
+
+class ControlStream:
+    """One site's stream: the requests that are to be sent, and whether it has to end."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self._loop = asyncio.get_running_loop()
+        self.outgoing: asyncio.Queue[pb.Request] = asyncio.Queue()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+
+    def deliver(self, request: pb.Request) -> None:
+        """From any thread."""
+        self._loop.call_soon_threadsafe(self.outgoing.put_nowait, request)
+
+    def end(self, refusal: Refusal | None = None) -> None:
+        """On the loop."""
+        if self.ended.done():
+            return
+        if refusal:
+            self.ended.set_exception(refusal)
+        else:
+            self.ended.set_result(None)
+
+
+class LinkService:
+    """What sites call. `runs` holds the files of every run that is being driven, by run id."""
+
+    def __init__(
+        self,
+        directory: SiteDirectory,
+        mailbox: Mailbox,
+        objects: ObjectStore,
+        runs: dict[int, RunFiles],
+        timing: Timing,
+    ) -> None:
+        self._directory = directory
+        self._mailbox = mailbox
+        self._objects = objects
+        self._runs = runs
+        self._timing = timing
+        self._streams: dict[str, ControlStream] = {}
+
+    def end_stream(self, site: str, refusal: Refusal) -> None:
+        """End the site's stream, if it has one; on the loop."""
+        if site in self._streams:
+            self._streams[site].end(refusal)
+
+    def end_all_streams(self) -> None:
+        """Say goodbye to everybody; on the loop. Sites come back by themselves."""
+        for stream in self._streams.values():
+            stream.end()
+
+    # Control
+
+    async def Control(self, _: object, context: Context) -> None:  # noqa: N802
+        async with _refusals(context):
+            peer = self._admit(context)
+            await self._greet(context)
+            self.end_stream(peer.site, Refusal(grpc.StatusCode.ABORTED, "A newer connection took over."))
+            stream = self._streams[peer.site] = ControlStream(peer)
+            self._mailbox.connect(peer.site, stream)
+            logger.info("site %s connected", peer.site)
+            try:
+                await _first_of(self._listen(stream, context), self._speak(stream, context), stream.ended)
+            finally:
+                self._mailbox.disconnect(peer.site, stream)
+                if self._streams[peer.site] is stream:
+                    del self._streams[peer.site]
+                logger.info("site %s disconnected", peer.site)
+
+    async def _greet(self, context: Context) -> None:
+        async with asyncio.timeout(self._timing.silence):
+            first = await context.read()
+        if first is grpc.aio.EOF or first.WhichOneof("part") != "hello":
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "A stream begins with a hello.")
+        if first.hello.protocol_version != PROTOCOL_VERSION:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"The coordinator speaks version {PROTOCOL_VERSION} of the link and the site version "
+                f"{first.hello.protocol_version}; install the same release on both.",
+            )
+        await context.write(pb.FromCoordinator(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
+
+    async def _listen(self, stream: ControlStream, context: Context) -> None:
+        while True:
+            async with asyncio.timeout(self._timing.silence):
+                message = await context.read()
+            if message is grpc.aio.EOF:
+                return
+            self._check(stream.peer)
+            if message.WhichOneof("part") == "reply":
+                self._take_reply(stream.peer.site, message.reply)
+
+    def _take_reply(self, site: str, reply: pb.Reply) -> None:
+        if len(reply.body) > MAX_BODY:
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"A reply's body is above {MAX_BODY} bytes.")
+        if not self._mailbox.answer(site, reply):
+            logger.warning("ignored a reply of site %s that nobody awaits from it", site)
+
+    async def _speak(self, stream: ControlStream, context: Context) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._timing.heartbeat):
+                    message = pb.FromCoordinator(request=await stream.outgoing.get())
+            except TimeoutError:
+                message = pb.FromCoordinator(heartbeat=pb.Heartbeat())
+            # Also on every heartbeat: a revocation that another process wrote ends the stream as well.
+            self._check(stream.peer)
+            await context.write(message)
+
+    # Objects
+
+    async def Stat(self, wanted: pb.Object, context: Context) -> pb.StatReply:  # noqa: N802
+        async with _refusals(context):
+            peer = self._admit(context)
+            run, ref = self._run_uploaded_to(peer, wanted)
+            received, whole = run.received(peer.site, ref)
+            return pb.StatReply(received=received, whole=whole)
+
+    async def Push(self, _: object, context: Context) -> pb.PushReply:  # noqa: N802
+        async with _refusals(context):
+            peer = self._admit(context)
+            header = (await self._next_part(context)).header
+            run, ref = self._run_uploaded_to(peer, header.object)
+            with run.receive(peer.site, ref) as partial:
+                if await asyncio.to_thread(partial.resume) != header.offset:
+                    raise Refusal(grpc.StatusCode.ABORTED, "The upload goes on from another offset.")
+                while partial.offset < ref.size:
+                    part = await self._next_part(context)
+                    self._check(peer)
+                    await asyncio.to_thread(partial.append, part.chunk)
+                await asyncio.to_thread(partial.finish)
+            return pb.PushReply()
+
+    async def Pull(self, wanted: pb.PullRequest, context: Context) -> None:  # noqa: N802
+        async with _refusals(context):
+            peer = self._admit(context)
+            ref = ObjectRef(wanted.object.sha256, wanted.object.size)
+            run = self._runs.get(wanted.object.run_id)
+            if run is None or not run.may_download(peer.site, ref) or not self._objects.has(ref):
+                raise _nothing_here()
+            with self._objects.path(ref).open("rb") as file:
+                file.seek(wanted.offset)
+                while chunk := await asyncio.to_thread(file.read, CHUNK):
+                    self._check(peer)
+                    async with asyncio.timeout(self._timing.progress):
+                        await context.write(pb.PullPart(chunk=chunk))
+
+    async def _next_part(self, context: Context) -> pb.PushPart:
+        async with asyncio.timeout(self._timing.progress):
+            part = await context.read()
+        if part is grpc.aio.EOF:
+            raise Refusal(grpc.StatusCode.ABORTED, "The upload ended early.")
+        return part
+
+    def _run_uploaded_to(self, peer: Peer, wanted: pb.Object) -> tuple[RunFiles, ObjectRef]:
+        run = self._runs.get(wanted.run_id)
+        if run is None or not run.expects(peer.site):
+            raise _nothing_here()
+        return run, ObjectRef(wanted.sha256, wanted.size)
+
+    # Admission
+
+    def _admit(self, context: Context) -> Peer:
+        peer = peer_of(context)
+        if peer is None:
+            raise not_admitted()
+        self._check(peer)
+        return peer
+
+    def _check(self, peer: Peer) -> None:
+        if not self._directory.site_for(peer.site, peer.certificate_sha256):
+            raise not_admitted()
+
+
+async def _first_of(*ways: Coroutine[None, None, None] | asyncio.Future[None]) -> None:
+    """Wait for whichever ends first, cancel the others and raise what it raised."""
+    tasks = [asyncio.ensure_future(way) for way in ways]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+class EnrolmentService:
+    """The one call that anybody may make: small, rare, and handed on as bytes."""
+
+    def __init__(self, enrol: Callable[[bytes], bytes], limit: RateLimit) -> None:
+        self._enrol = enrol
+        self._limit = limit
+
+    async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:  # noqa: N802
+        if not self._limit.allows(context.peer().rpartition(":")[0]):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many attempts; try again in a minute.")
+        try:
+            return pb.EnrolReply(body=await asyncio.to_thread(self._enrol, request.body))
+        except FoedusError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+
+class RateLimit:
+    """Token bucket for each address: `burst` attempts at once, then one every `seconds`. Remembers 1024 addresses."""
+
+    def __init__(self, clock: Clock, burst: int = 10, seconds: float = 6.0) -> None:
+        self._clock = clock
+        self._burst = burst
+        self._seconds = seconds
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def allows(self, address: str) -> bool:
+        now = self._clock.monotonic()
+        tokens, before = self._buckets.pop(address, (float(self._burst), now))
+        tokens = min(self._burst, tokens + (now - before) / self._seconds)
+        self._buckets[address] = (tokens - 1 if tokens >= 1 else tokens, now)
+        if len(self._buckets) > 1024:
+            self._buckets.popitem(last=False)
+        return tokens >= 1
