@@ -28,7 +28,7 @@ from foedus_common.protocol.effects import (
     Effects,
     Persist,
     Send,
-    VectorStore,
+    VectorReader,
 )
 from foedus_common.protocol.masks import Words, apply_masks
 from foedus_common.protocol.primitives import KeyPair
@@ -90,7 +90,7 @@ class CoordinatorSession:
 
     config: m.RoundConfig
     roster: Roster
-    vectors: VectorStore
+    vectors: VectorReader
 
     @cached_property
     def ctx(self) -> bytes:

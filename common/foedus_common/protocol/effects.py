@@ -14,11 +14,18 @@ from foedus_common.protocol.masks import Words
 from foedus_common.protocol.messages import AttemptId, VectorRef
 
 
-class VectorStore(Protocol):
-    """Where vectors live, by content. Injected; both methods raise LocalError when the object is not to be had."""
+class VectorReader(Protocol):
+    """Where vectors are found by content. Injected."""
 
     def load(self, ref: VectorRef) -> Words:
-        """A new, writable array of the object's little-endian uint64 words, verified against the digest."""
+        """A new, writable array of the object's little-endian uint64 words, verified against the digest.
+
+        Raises FoedusError when the object is not to be had.
+        """
+
+
+class VectorStore(VectorReader, Protocol):
+    """Where vectors live, by content."""
 
     def store(self, words: Words) -> VectorRef:
         """Durable when it returns."""

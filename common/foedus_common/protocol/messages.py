@@ -20,6 +20,7 @@ PROTOCOL_VERSION = 1
 
 
 class Stage(StrEnum):
+    PROPOSE = "P"
     INVITE = "I"
     TRAIN = "T"
     ROUND_CONFIG = "A0"
@@ -28,6 +29,7 @@ class Stage(StrEnum):
     MASKED_INPUT = "A3"
     CONSISTENCY = "A4"
     UNMASK = "A5"
+    END = "E"
 
 
 class AttemptId(NamedTuple):
@@ -39,10 +41,37 @@ class AttemptId(NamedTuple):
 
 
 class VectorRef(NamedTuple):
-    """A vector in the store: SHA-256 of its bytes (32 bytes) and how many there are."""
+    """A vector or another object in the store: SHA-256 of its bytes (32 bytes) and how many there are."""
 
     digest: bytes
     size: int
+
+
+# --- Before the first round and after the last ---
+
+
+@dataclass(frozen=True)
+class Propose:
+    """A signed plan to decide on, and the root-signed roster that names its signer."""
+
+    plan: bytes
+    plan_signature: bytes
+    roster: VectorRef
+
+
+class End(StrEnum):
+    """How a run ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """No round of this plan will follow."""
+
+    end: End
 
 
 # --- I and T: before there are keys ---
@@ -241,7 +270,7 @@ class Unmask:
     shares: tuple[UnmaskShare, ...]
 
 
-ToSite = Invite | RoundConfig | PeerKeys | PeerShares | Survivors | Agreement
+ToSite = Propose | RunEnded | Invite | RoundConfig | PeerKeys | PeerShares | Survivors | Agreement
 FromSite = Ready | Declined | Advertise | ShareKeys | MaskedInput | Consistency | Unmask
 Message = ToSite | FromSite
 

@@ -174,6 +174,7 @@ _SITE = _text(r"[a-z0-9-]{1,40}")
 _PARTY = _text(r"[a-z0-9-]{1,40}|" + re.escape(COORDINATOR))
 _LABEL = _text(r"[ -~]{0,100}")
 _SHARE: Codec[m.UnmaskShare] = Codec(_write_share, _read_share)
+_END: Codec[m.End] = Codec(lambda end: end.encode(), lambda data: m.End(_text("|".join(m.End)).read(data)))
 _VECTOR = _record(m.VectorRef, digest=_DIGEST, size=_INTEGER)
 _NOISE = _record(m.Noise, unit=_LABEL, clip=_REAL, multiplier=_REAL)
 _LAYOUT = _record(
@@ -221,6 +222,15 @@ def _kind(message: type[m.Message], name: str, stage: m.Stage, **schema: Codec[A
 
 
 _KINDS = (
+    _kind(
+        m.Propose,
+        "propose",
+        m.Stage.PROPOSE,
+        plan=_sized(1, MAX_PLAN_BYTES),
+        plan_signature=_SIGNATURE,
+        roster=_VECTOR,
+    ),
+    _kind(m.RunEnded, "run-ended", m.Stage.END, end=_END),
     _kind(
         m.Invite,
         "invite",
@@ -326,6 +336,8 @@ def parse_envelope(data: bytes) -> Envelope:
         _PARTY.read(destination),
         _read_integer(sequence),
     )
+    if len(signature) != (0 if header.source == COORDINATOR else SIGNATURE_BYTES):
+        raise _bad("sites sign what they send, and the coordinator does not")
     return Envelope(header, kind.body.read(body), body, signed, signature)
 
 
