@@ -1,0 +1,295 @@
+"""Drives one attempt of a round over a Grid: the page an operator reads.
+
+    invite the sites -> wait until they are ready -> fix the cohort -> keys, shares, masked vectors, survivors, shares
+    of the masks -> the opened sum -> its mean
+
+The coordinator sees references, signatures and sums; every check that protects a site is made at the site. Knows no
+database, no Flower and no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foedus_common.clock import Clock
+from foedus_common.errors import DropReason, FoedusError, LocalError, Reason, RemoteError
+from foedus_common.identity import Roster, SignedPlan
+from foedus_common.objects import ObjectRef
+from foedus_common.plan import AgreedPlan, RoundPlan
+from foedus_common.protocol import messages as m
+from foedus_common.protocol import wire
+from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState, Failed
+from foedus_common.protocol.effects import Arrived, Deadline, Dropped, Effects, Send
+from foedus_common.protocol.masks import Words
+from foedus_common.protocol.thresholds import Thresholds, thresholds
+from foedus_common.terms import protocol_roster, round_terms
+from foedus_server.link import body_of
+
+STAGE_TYPES = ("query.keys", "query.shares", "query.mask", "query.survivors", "query.unmask")
+STAGE_NAMES = ("keys", "shares", "masked input", "consistency", "unmasking")
+
+
+class RoundGrid(Protocol):
+    """What a round needs of a Flower Grid, and beyond it: waiting, sites by name, and objects.
+
+    `foedus_server.link.SiteGrid` is one, and so is the simulations' grid.
+    """
+
+    def push_messages(self, messages: Iterable[Any]) -> Iterable[str]: ...
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Any]: ...
+    def get_node_ids(self) -> Iterable[int]: ...
+    def message(self, site: str, message_type: str, body: bytes, *, ttl: float) -> Any: ...
+    def site(self, node: int) -> str: ...
+    def forget(self, message_ids: Iterable[str]) -> None: ...
+    def wait(self, timeout: float) -> None: ...
+    def allow(self, ref: ObjectRef, sites: Collection[str]) -> None: ...
+    def upload(self, site: str, ref: ObjectRef) -> Path: ...
+    def discard(self, site: str, ref: ObjectRef) -> None: ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the coordinator waits, in seconds: for one cryptographic stage, and in training for a site that has
+    been away so long that the others should not wait for it."""
+
+    stage: float = 20.0
+    absent: float = 60.0
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """What one attempt is about. `sites` approved the plan and are invited."""
+
+    agreed: AgreedPlan
+    signed_plan: SignedPlan
+    roster: Roster
+    round_plan: RoundPlan
+    attempt: int
+    adapter: ObjectRef
+    sites: tuple[str, ...]
+
+
+@dataclass
+class RoundLog:
+    """What an operator is told of an attempt: seconds by stage, bytes over all sites, who dropped out and why."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    cohort: tuple[str, ...] = ()
+    dropped: dict[str, tuple[DropReason, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The mean of the survivors' updates, float64 (d,)."""
+
+    mean: NDArray[np.float64]
+    survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """Nothing was opened; `error` says why."""
+
+    error: FoedusError
+
+
+class Round:
+    """One attempt: `Round(...).run()` gives Committed or Aborted; `log` is filled meanwhile, for whoever watches."""
+
+    def __init__(
+        self,
+        grid: RoundGrid,
+        task: RoundTask,
+        clock: Clock,
+        patience: Patience,
+        on_change: Callable[[str, RoundLog], None] = lambda stage, log: None,
+    ) -> None:
+        self._grid = grid
+        self._task = task
+        self._clock = clock
+        self._patience = patience
+        self._on_change = on_change
+        self._terms = round_terms(task.agreed, task.round_plan, task.adapter)
+        self.log = RoundLog()
+
+    def run(self) -> Committed | Aborted:
+        """Raises nothing that a site can cause; what stops the coordinator itself (LinkStopping) passes through."""
+        cohort = self._invite()
+        try:
+            limits = self._limits(cohort)
+        except LocalError as error:
+            return Aborted(error)
+        self.log.cohort = cohort
+        return self._aggregate(self._config(cohort, limits))
+
+    # --- I and T: invite, and wait until the sites have trained ---
+
+    def _invite(self) -> tuple[str, ...]:
+        """The sites that said Ready in time, by name."""
+        task = self._task
+        self._grid.allow(task.adapter, task.sites)
+        invite = m.Invite(
+            plan=task.signed_plan.canonical,
+            plan_signature=task.signed_plan.signature,
+            base_model_hash=self._terms.base_model_hash,
+            adapter=m.VectorRef(self._terms.adapter_hash, task.adapter.size),
+        )
+        requests = {site: wire.build_envelope(self._header(site), invite) for site in task.sites}
+        seconds = task.agreed.plan.run.deadline_minutes * 60
+        ready = []
+        self.log.bytes_down += task.adapter.size * len(task.sites)
+        for site, body in self._ask("train.invite", "training", requests, seconds, give_up_on_absent=True):
+            try:
+                if self._answer_to_invitation(site, body):
+                    ready.append(site)
+                else:
+                    self._drop(site, DropReason.DECLINED, f"{site} does not take part in this round")
+            except RemoteError as error:
+                self._drop(site, DropReason.PROTOCOL, str(error))
+        return tuple(sorted(ready))
+
+    def _answer_to_invitation(self, site: str, body: bytes) -> bool:
+        """Whether the site is ready. Raises RemoteError for an answer that is not one, or not signed by that site."""
+        envelope = wire.parse_envelope(body)
+        envelope.verify(self._task.roster.site(site).public_key)
+        expected = self._header(site, answer=True)
+        if envelope.header != expected or not isinstance(envelope.message, m.Ready | m.Declined):
+            raise RemoteError(Reason.WRONG_STAGE, f"{site} did not answer the invitation", (site,))
+        return isinstance(envelope.message, m.Ready)
+
+    def _header(self, site: str, answer: bool = False) -> wire.Header:
+        terms = self._terms
+        source, destination = (site, wire.COORDINATOR) if answer else (wire.COORDINATOR, site)
+        return wire.Header(
+            terms.run_id, terms.round, self._task.attempt, terms.plan_digest, source, destination, sequence=0
+        )
+
+    # --- The cohort ---
+
+    def _limits(self, cohort: tuple[str, ...]) -> Thresholds:
+        """Raises LocalError when too few sites are ready for a sum that hides each of them."""
+        fewest = self._task.agreed.plan.secure_aggregation.min_sites
+        if len(cohort) < fewest:
+            raise LocalError(f"{len(cohort)} sites were ready for the round, and the plan needs {fewest}.")
+        return thresholds(len(cohort), self._terms.colluding)
+
+    def _config(self, cohort: tuple[str, ...], limits: Thresholds) -> m.RoundConfig:
+        roster = protocol_roster(self._task.roster)
+        return m.RoundConfig(
+            protocol_version=m.PROTOCOL_VERSION,
+            terms=self._terms,
+            attempt=self._task.attempt,
+            roster_epoch=roster.epoch,
+            roster_digest=roster.digest,
+            cohort=cohort,
+            threshold=limits.threshold,
+            minimum=limits.minimum,
+        )
+
+    # --- A0 to A5: the secure sum ---
+
+    def _aggregate(self, config: m.RoundConfig) -> Committed | Aborted:
+        vectors = UploadedVectors(self._grid, config.cohort, self.log)
+        session = CoordinatorSession(config, protocol_roster(self._task.roster), vectors)
+        state: CoordinatorState
+        state, effects = session.begin()
+        while isinstance(state, Awaiting):
+            sequence = state.sequence
+            requests = {effect.destination: effect.envelope for effect in effects if isinstance(effect, Send)}
+            effects = ()
+            for site, body in self._ask(STAGE_TYPES[sequence], STAGE_NAMES[sequence], requests, self._patience.stage):
+                state, following = session.step(state, Arrived(site, body))
+                effects += self._note(following)
+            if isinstance(state, Awaiting) and state.sequence == sequence:
+                state, following = session.step(state, Deadline(sequence))
+                effects += self._note(following)
+        if isinstance(state, Failed):
+            return Aborted(state.error)
+        total = self._terms.layout.decode(state.words, len(state.survivors))
+        return Committed(total / len(state.survivors), state.survivors)
+
+    def _note(self, effects: Effects) -> Effects:
+        for effect in effects:
+            if isinstance(effect, Dropped):
+                self._drop(effect.site, effect.reason, effect.sentence)
+        return effects
+
+    # --- Asking sites ---
+
+    def _ask(
+        self,
+        message_type: str,
+        stage: str,
+        requests: Mapping[str, bytes],
+        seconds: float,
+        give_up_on_absent: bool = False,
+    ) -> Iterator[tuple[str, bytes]]:
+        """Sends a request to each site and yields the answers as they come, until all are in or the time is over."""
+        started = self._clock.monotonic()
+        self._on_change(stage, self.log)
+        ids = self._grid.push_messages(
+            self._grid.message(site, message_type, body, ttl=seconds) for site, body in requests.items()
+        )
+        waiting = dict(zip(ids, requests, strict=True))
+        self.log.bytes_down += sum(map(len, requests.values()))
+        last_seen = dict.fromkeys(requests, started)
+        while waiting:
+            for reply in self._grid.pull_messages(list(waiting)):
+                site = waiting.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    self._drop(site, DropReason.PROTOCOL, f"{site}'s program failed; its own log says why")
+                else:
+                    body = body_of(reply)
+                    self.log.bytes_up += len(body)
+                    yield site, body
+            now = self._clock.monotonic()
+            last_seen |= dict.fromkeys(map(self._grid.site, self._grid.get_node_ids()), now)
+            left = started + seconds - now
+            if give_up_on_absent:
+                left = min(
+                    left, max((last_seen[s] for s in waiting.values()), default=now) + self._patience.absent - now
+                )
+            if not waiting or left <= 0:
+                break
+            self._grid.wait(min(left, 1.0))
+        self._grid.forget(waiting)
+        for site in waiting.values():
+            self._drop(site, DropReason.DEADLINE, f"{site} did not answer in time ({stage})")
+        self.log.seconds[stage] = self._clock.monotonic() - started
+
+    def _drop(self, site: str, reason: DropReason, sentence: str) -> None:
+        self.log.dropped.setdefault(site, (reason, sentence))
+
+
+class UploadedVectors:
+    """Masked vectors as the sites uploaded them; each is read once, and deleted when it has been."""
+
+    def __init__(self, grid: RoundGrid, cohort: tuple[str, ...], log: RoundLog) -> None:
+        self._grid = grid
+        self._cohort = cohort
+        self._log = log
+
+    def load(self, ref: m.VectorRef) -> Words:
+        """The words of the vector that some site of the cohort uploaded. Raises RemoteError when none did."""
+        wanted = ObjectRef(ref.digest.hex(), ref.size)
+        for site in self._cohort:
+            try:
+                path = self._grid.upload(site, wanted)
+            except RemoteError:
+                continue
+            data = bytearray(path.read_bytes())
+            if hashlib.sha256(data).digest() != ref.digest:
+                raise RemoteError(Reason.BAD_MESSAGE, f"the vector of {site} is not what its reference says", (site,))
+            self._grid.discard(site, wanted)
+            self._log.bytes_up += ref.size
+            return np.frombuffer(data, dtype="<u8").astype(np.uint64, copy=False)
+        raise RemoteError(Reason.BAD_MESSAGE, "no site of the cohort uploaded the vector that was named")
