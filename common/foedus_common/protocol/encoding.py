@@ -34,7 +34,6 @@ from foedus_common.randomness import RandomBytes
 
 MIN_FIELD_BITS, MAX_FIELD_BITS = 8, 32
 _BLOCK = 32 * 1024
-_COIN_BYTES = 4
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -92,13 +91,14 @@ class FieldLayout:
     def quantise(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Integers:
         """float (d,) -> int64 (d,) in -R..R: multiples of each segment's step, rounded up with probability = fraction.
 
-        Coins are 32 bits of AES-256-CTR under one fresh key from `random`, so an expectation is off by less than
-        2^-32 steps. LocalError for a value that is not finite or beyond its half-range: nothing is ever truncated.
+        Coin i is the i-th little-endian 32-bit word of AES-256-CTR (zero IV) under a fresh key from `random`; it rounds
+        up where it is below fraction * 2^32, so an expectation is off by less than 2^-32 steps. LocalError for a value
+        that is not finite or beyond its half-range: nothing is ever truncated.
         """
         if vector.shape != (self.dimension,):
             raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {vector.shape}")
         coins = Cipher(AES256(random(32)), CTR(bytes(16))).encryptor()
-        keystream, zeros = bytearray(_BLOCK * _COIN_BYTES), bytes(_BLOCK * _COIN_BYTES)
+        zeros, keystream = memoryview(bytes(4 * _BLOCK)), bytearray(4 * _BLOCK)
         coin = np.frombuffer(keystream, dtype="<u4")
         integers = np.empty(self.dimension, dtype=np.int64)
         for part, scale in self._blocks():
@@ -113,7 +113,7 @@ class FieldLayout:
             whole = np.floor(values)
             values -= whole
             values *= 2.0**32
-            coins.update_into(zeros, keystream)
+            coins.update_into(zeros[: 4 * len(values)], keystream)
             whole += coin[: len(values)] < values
             integers[part] = whole
         return integers

@@ -23,7 +23,7 @@ Words = npt.NDArray[np.uint64]
 
 BLOCK_BYTES = 128 * 1024
 _WORD_BYTES = 8
-_ZEROS = bytes(BLOCK_BYTES)
+_ZEROS = memoryview(bytes(BLOCK_BYTES))
 
 
 def apply_masks(accumulator: Words, *, add: Iterable[bytes] = (), subtract: Iterable[bytes] = ()) -> None:
@@ -38,7 +38,7 @@ def apply_masks(accumulator: Words, *, add: Iterable[bytes] = (), subtract: Iter
     keystream_words = np.frombuffer(keystream, dtype=np.uint64)
     for start in range(0, len(accumulator), len(keystream_words)):
         block = accumulator[start : start + len(keystream_words)]
-        zeros = _ZEROS if len(block) == len(keystream_words) else bytes(len(block) * _WORD_BYTES)
+        zeros = _ZEROS[: len(block) * _WORD_BYTES]
         for combine, generator in passes:
             generator.update_into(zeros, keystream)
             combine(block, keystream_words[: len(block)], out=block)

@@ -199,7 +199,7 @@ class SiteSession:
             self._require_addressed(state.stage, envelope.header)
             if answer := _stored_answer(state.answered, envelope, request):
                 return state, (Send(wire.COORDINATOR, answer),)
-            step = _transition(state.stage, envelope.message)(self, state.stage, envelope)
+            step = _transition(state, envelope)(self, state.stage, envelope)
         except FoedusError as error:
             return self._fail(state.stage, envelope, error)
         return self._effects(step, envelope, request)
@@ -483,16 +483,20 @@ _REFUSALS: Mapping[tuple[type[SiteStage], type[m.Message]], tuple[Reason, str]] 
 }
 
 
-def _transition(stage: SiteStage, message: m.Message) -> _Transition:
-    key = (type(stage), type(message))
-    if transition := TRANSITIONS.get(key):
-        return transition
-    if isinstance(stage, Lost):
+def _transition(state: SiteState, envelope: wire.Envelope) -> _Transition:
+    """What to do with a request that was not answered before, or the named reason why nothing is done."""
+    if isinstance(state.stage, Lost):
         raise RemoteError(Reason.SECRETS_LOST, "this site restarted during the attempt and has lost its secrets")
-    reason, why = _REFUSALS.get(
-        key, (Reason.WRONG_STAGE, f"{type(message).__name__} is not what comes after {type(stage).__name__}")
-    )
-    raise RemoteError(reason, why)
+    stage, message = type(state.stage), type(envelope.message)
+    if reason := _REFUSALS.get((stage, message)):
+        raise RemoteError(*reason)
+    expected = state.answered.sequence + 1 if state.answered else 0
+    if (stage, message) not in TRANSITIONS or envelope.header.sequence != expected:
+        raise RemoteError(
+            Reason.WRONG_STAGE,
+            f"request {envelope.header.sequence}, {message.__name__}, does not come after {stage.__name__}",
+        )
+    return TRANSITIONS[stage, message]
 
 
 def _stored_answer(answered: Answered | None, envelope: wire.Envelope, request: bytes) -> bytes | None:
