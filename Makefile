@@ -28,3 +28,7 @@ lint: $(VENV)/.installed
 
 clean:
 	rm -rf demo .cache
+
+# The committed gRPC stubs, from the one .proto file.
+stubs: $(VENV)/.installed
+	$(BIN)/python -m grpc_tools.protoc -I common --python_out=common --grpc_python_out=common common/foedus_common/link/foedus.proto

@@ -36,6 +36,7 @@ class Run:
     name: str
     purpose: str
     deadline_minutes: float = 30.0  # how long a site may take to train one round
+    approval_hours: float = 72.0  # how long the sites' administrators have to decide
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ STAGE_TYPES = ("query.keys", "query.shares", "query.mask", "query.survivors", "q
 STAGE_NAMES = ("keys", "shares", "masked input", "consistency", "unmasking")
 
 
+@runtime_checkable
 class RoundGrid(Protocol):
     """What a round needs of a Flower Grid, and beyond it: waiting, sites by name, and objects.
 

@@ -1,0 +1,26 @@
+"""The round engine as a Flower ServerApp: Flower's programming model, our grid underneath."""
+
+from __future__ import annotations
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from foedus_server.rounds import RoundGrid
+from foedus_server.runs import Coordinator, conduct
+
+
+def server_app(coordinator: Coordinator) -> ServerApp:
+    """A ServerApp that conducts the run named by its context over whichever grid it is given."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        assert isinstance(grid, RoundGrid)
+        conduct(coordinator, context.run_id, grid)
+
+    return app
+
+
+def context_of(run_id: int) -> Context:
+    """Flower's context of a run: it carries the run's id and nothing else."""
+    return Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config={})

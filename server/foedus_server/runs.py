@@ -1,0 +1,273 @@
+"""A run from its agreed plan to its last adapter: propose, one round after the other, tell everybody that it ended.
+
+What must survive a restart is in the store before the next step begins; `conduct` picks up after the last committed
+round. Knows no Flower (the grid is an argument) and no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foedus_common.adapters import AdapterSpec, adapter_bytes, load_adapter, parse_spec, save_adapter
+from foedus_common.clock import Clock
+from foedus_common.errors import LocalError, Reason, RemoteError
+from foedus_common.identity import Roster, SignedPlan, SignedRoster
+from foedus_common.objects import ObjectRef, ObjectStore
+from foedus_common.plan import AgreedPlan, RoundPlan, schedule
+from foedus_common.protocol import messages as m
+from foedus_common.protocol import wire
+from foedus_server.aggregation import ServerOptimizer
+from foedus_server.link import LinkStopping, body_of
+from foedus_server.rounds import Aborted, Committed, Patience, Round, RoundGrid, RoundLog, RoundTask
+from foedus_server.store import Attempt, Run, Store
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 6
+"""Attempts at one round before the run is given up; the sites' own limit on retries is usually reached first."""
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """What conducting a run needs. `roster()` is the newest one that the root signed, verified."""
+
+    store: Store
+    objects: ObjectStore
+    clock: Clock
+    patience: Patience
+    roster: Callable[[], tuple[SignedRoster, Roster]]
+
+
+def conduct(coordinator: Coordinator, run_id: int, grid: RoundGrid) -> None:
+    """Takes an agreed run to its end. Raises LocalError when it cannot be finished, with the sentence for the operator;
+    what stops the coordinator itself passes through and leaves the run to be taken up again."""
+    run = coordinator.store.runs.run(run_id)
+    conductor = _Conductor(coordinator, run, grid)
+    try:
+        conductor.propose()
+        for round_plan in schedule(conductor.agreed.plan)[run.rounds_done :]:
+            conductor.round(round_plan)
+        coordinator.store.runs.move(run_id, ["running"], "finished")
+        conductor.tell_end(m.End.FINISHED)
+    except LinkStopping:
+        raise  # the run stays where it is, for the next start
+    except RunStopped:
+        coordinator.store.runs.move(run_id, ["stopping"], "stopped")
+        conductor.tell_end(m.End.STOPPED)
+    except (LocalError, RemoteError) as error:
+        if coordinator.store.runs.run(run_id).state in ("inviting", "running"):
+            coordinator.store.runs.move(run_id, ["inviting", "running"], "failed", str(error))
+            conductor.tell_end(m.End.FAILED)
+        raise
+
+
+class RunStopped(Exception):
+    """The operator asked for it."""
+
+
+class _Conductor:
+    """One run under way: who is willing, and what the next round starts from."""
+
+    def __init__(self, coordinator: Coordinator, run: Run, grid: RoundGrid) -> None:
+        assert run.signed_plan is not None  # `commands.prepare` agreed it
+        assert run.spec is not None
+        self._coordinator = coordinator
+        self._run_id = run.run_id
+        self._grid = grid
+        self._signed_plan = SignedPlan.from_bytes(run.signed_plan)
+        self._signed_roster, self._roster = coordinator.roster()
+        self.agreed: AgreedPlan = self._signed_plan.verify(self._roster.plan_key)
+        self._spec: AdapterSpec = parse_spec(run.spec)
+        self._proposed: dict[str, str] = {}
+        self._willing: set[str] = set()
+
+    # --- The plan before the sites ---
+
+    def propose(self) -> None:
+        """Shows the plan to every site of the roster and waits for each one's decision, which people make.
+
+        The run begins when all have answered or, after the plan's approval_hours, when enough are willing. A run that
+        is taken up again waits only for the sites to come back.
+        """
+        runs, plan = self._coordinator.store.runs, self.agreed.plan
+        self._show()
+        resumed = runs.run(self._run_id).state == "running"
+        seconds = self._coordinator.patience.absent if resumed else plan.run.approval_hours * 3600
+        deadline = self._coordinator.clock.monotonic() + seconds
+        while self._proposed and self._coordinator.clock.monotonic() < deadline:
+            self._check_stopped()
+            self._take_decisions()
+            if self._proposed:
+                self._grid.wait(0.25)
+        fewest = plan.secure_aggregation.min_sites
+        if len(self._willing) < fewest:
+            raise LocalError(
+                f"{len(self._willing)} sites take part in {plan.run.name}, and its plan needs {fewest}; "
+                "ask the sites' administrators, or submit a plan that more of them accept."
+            )
+        if not resumed:
+            runs.move(self._run_id, ["inviting"], "running")
+
+    def _show(self) -> None:
+        roster = self._coordinator.objects.put(self._signed_roster.to_bytes())
+        names = sorted(self._roster.public_keys)
+        self._grid.allow(roster, names)
+        proposal = m.Propose(
+            self._signed_plan.canonical,
+            self._signed_plan.signature,
+            m.VectorRef(bytes.fromhex(roster.sha256), roster.size),
+        )
+        ttl = self.agreed.plan.run.approval_hours * 3600
+        messages = [
+            self._grid.message(site, "query.propose", self._envelope(site, proposal), ttl=ttl) for site in names
+        ]
+        self._proposed |= dict(zip(self._grid.push_messages(messages), names, strict=True))
+
+    def _take_decisions(self) -> None:
+        """Who has decided since the last look."""
+        for reply in self._grid.pull_messages(list(self._proposed)):
+            site = self._proposed.pop(reply.metadata.reply_to_message_id)
+            self._willing.discard(site)
+            try:
+                if not reply.has_error() and self._is_willing(site, body_of(reply)):
+                    self._willing.add(site)
+            except RemoteError as error:
+                logger.warning("%s answered the proposal wrongly: %s", site, error)
+
+    def _is_willing(self, site: str, body: bytes) -> bool:
+        envelope = wire.parse_envelope(body)
+        envelope.verify(self._roster.site(site).public_key)
+        if envelope.header != self._header(site, wire.COORDINATOR):
+            raise RemoteError(Reason.WRONG_STAGE, "the answer belongs to another proposal", (site,))
+        return isinstance(envelope.message, m.Ready)
+
+    # --- One round ---
+
+    def round(self, round_plan: RoundPlan) -> None:
+        """Attempts the round until it is committed. Raises LocalError when it is given up."""
+        error: Exception | None = None
+        for _ in range(ATTEMPTS):
+            self._check_stopped()
+            self._take_decisions()
+            self._follow_roster()
+            attempt, result = self._attempt(round_plan)
+            if isinstance(result, Committed):
+                self._commit(round_plan, attempt, result)
+                return
+            error = result.error
+            self._coordinator.store.runs.abort_attempt(attempt, str(error))
+        raise LocalError(f"Round {round_plan.index + 1} was given up after {ATTEMPTS} attempts: {error}")
+
+    def _attempt(self, round_plan: RoundPlan) -> tuple[Attempt, Committed | Aborted]:
+        attempt = self._coordinator.store.runs.start_attempt(self._run_id, round_plan.index)
+        task = RoundTask(
+            agreed=self.agreed,
+            signed_plan=self._signed_plan,
+            roster=self._roster,
+            round_plan=round_plan,
+            attempt=attempt.attempt,
+            adapter=self._current_adapter(),
+            sites=tuple(sorted(self._willing & set(self._roster.public_keys))),
+        )
+
+        def save(stage: str, log: RoundLog) -> None:
+            self._check_stopped()
+            self._coordinator.store.runs.save_attempt(_with_log(attempt, log))
+
+        one = Round(self._grid, task, self._coordinator.clock, self._coordinator.patience, save)
+        result = one.run()
+        for site, (reason, sentence) in one.log.dropped.items():
+            logger.warning("round %d: %s dropped out (%s): %s", round_plan.index + 1, site, reason, sentence)
+        return _with_log(attempt, one.log), result
+
+    def _commit(self, round_plan: RoundPlan, attempt: Attempt, result: Committed) -> None:
+        """The next adapter and the optimiser's memory become durable, then the round counts."""
+        train = round_plan.settings.train
+        tensors = load_adapter(self._coordinator.objects.read(self._current_adapter()), self._spec)
+        optimizer = ServerOptimizer(self.agreed.plan.aggregation, self._optimizer_state(round_plan))
+        current = self._spec.vector(tensors, train).astype(np.float64)
+        following = optimizer.step(round_plan.index, current, result.mean)
+        if self._ends_phase(round_plan):
+            following = self._averaged(round_plan, following)
+        adapter = save_adapter(self._spec.with_vector(tensors, train, following), self._spec)
+        self._coordinator.store.runs.commit_attempt(
+            dataclasses.replace(
+                attempt,
+                survivors=result.survivors,
+                adapter=self._coordinator.objects.put(adapter),
+                optimizer=self._coordinator.objects.put(optimizer.state()),
+            )
+        )
+
+    def _averaged(self, round_plan: RoundPlan, last: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The mean of the last rounds' vectors of the phase, `last` included (plan: average_last)."""
+        count = min(self.agreed.plan.aggregation.average_last, round_plan.settings.rounds)
+        earlier = self._coordinator.store.runs.committed(self._run_id)[round_plan.index - count + 1 :]
+        vectors = [last]
+        for attempt in earlier:
+            assert attempt.adapter is not None  # a committed attempt has one
+            tensors = load_adapter(self._coordinator.objects.read(attempt.adapter), self._spec)
+            vectors.append(self._spec.vector(tensors, round_plan.settings.train).astype(np.float64))
+        return np.asarray(np.mean(vectors, axis=0), dtype=np.float64)
+
+    def _ends_phase(self, round_plan: RoundPlan) -> bool:
+        rounds = schedule(self.agreed.plan)
+        return round_plan.index + 1 == len(rounds) or rounds[round_plan.index + 1].phase != round_plan.phase
+
+    def _current_adapter(self) -> ObjectRef:
+        committed = self._coordinator.store.runs.committed(self._run_id)
+        if committed and committed[-1].adapter is not None:
+            return committed[-1].adapter
+        return ObjectRef(self.agreed.first_adapter_sha256, adapter_bytes(self._spec))
+
+    def _optimizer_state(self, round_plan: RoundPlan) -> bytes | None:
+        """What the optimiser remembers from the round before; nothing at the start of a phase."""
+        if round_plan.index == 0 or schedule(self.agreed.plan)[round_plan.index - 1].phase != round_plan.phase:
+            return None
+        before = self._coordinator.store.runs.committed(self._run_id)[-1]
+        return None if before.optimizer is None else self._coordinator.objects.read(before.optimizer)
+
+    # --- Around the rounds ---
+
+    def _check_stopped(self) -> None:
+        if self._coordinator.store.runs.run(self._run_id).state == "stopping":
+            raise RunStopped
+
+    def _follow_roster(self) -> None:
+        """After the root signed a new roster, sites are shown it; who is no longer in it is not invited."""
+        signed, roster = self._coordinator.roster()
+        if roster.epoch == self._roster.epoch:
+            return
+        self._signed_roster, self._roster = signed, roster
+        self._show()
+
+    def tell_end(self, end: m.End) -> None:
+        """Best effort: a site that is away learns it when it asks, or from nobody; nothing depends on it."""
+        sites = sorted(self._willing & set(self._roster.public_keys))
+        messages = [
+            self._grid.message(site, "query.end", self._envelope(site, m.RunEnded(end)), ttl=60) for site in sites
+        ]
+        waiting = set(self._grid.push_messages(messages))
+        deadline = self._coordinator.clock.monotonic() + 5
+        while waiting and self._coordinator.clock.monotonic() < deadline:
+            waiting -= {reply.metadata.reply_to_message_id for reply in self._grid.pull_messages(waiting)}
+            if waiting:
+                self._grid.wait(0.25)
+
+    def _header(self, source: str, destination: str) -> wire.Header:
+        return wire.Header(self._run_id, 0, 0, self.agreed.digest(), source, destination, sequence=0)
+
+    def _envelope(self, site: str, message: m.ToSite) -> bytes:
+        return wire.build_envelope(self._header(wire.COORDINATOR, site), message)
+
+
+def _with_log(attempt: Attempt, log: RoundLog) -> Attempt:
+    return dataclasses.replace(
+        attempt, cohort=log.cohort, seconds=dict(log.seconds), bytes_up=log.bytes_up, bytes_down=log.bytes_down
+    )
