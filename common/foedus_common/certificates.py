@@ -39,7 +39,8 @@ CLOCK_SKEW = 3_600
 
 MAX_CERTIFICATE_BYTES = 4_096
 _MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
-_URI = "foedus://site/"
+SITE_URI = "foedus://site/"
+"""What a site's URI begins with; its name follows."""
 _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
@@ -70,7 +71,7 @@ def read_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def site_uri(name: str) -> str:
-    return _URI + name
+    return SITE_URI + name
 
 
 def site_of(certificate: x509.Certificate | x509.CertificateSigningRequest) -> str:
@@ -83,12 +84,12 @@ def site_of(certificate: x509.Certificate | x509.CertificateSigningRequest) -> s
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         (uri,) = names
         name = uri.value if isinstance(uri, x509.UniformResourceIdentifier) else ""
-        if not name.startswith(_URI):
+        if not name.startswith(SITE_URI):
             raise ValueError
-        check_site_name(name.removeprefix(_URI))
+        check_site_name(name.removeprefix(SITE_URI))
     except (*_MALFORMED, x509.ExtensionNotFound, x509.DuplicateExtension, LocalError):
         raise RemoteError(Reason.BAD_MESSAGE, "the certificate names no site.") from None
-    return name.removeprefix(_URI)
+    return name.removeprefix(SITE_URI)
 
 
 def fingerprint_of(certificate_der: bytes) -> bytes:
@@ -110,6 +111,22 @@ def parse_certificate(certificate_der: bytes) -> x509.Certificate:
     except _MALFORMED:
         raise RemoteError(Reason.BAD_MESSAGE, "the bytes are no X.509 certificate with a known kind of key.") from None
     return certificate
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """Raises LocalError when the file is missing or holds no certificate in PEM."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise LocalError(f"{path} cannot be read: {error.strerror}.") from None
+    except _MALFORMED:
+        raise LocalError(f"{path} holds no certificate in PEM.") from None
+
+
+def lasts_for(certificate: x509.Certificate, hosts: Sequence[str], seconds: float, now: float) -> bool:
+    """Whether a server's certificate is for exactly these hosts and stays valid for so many seconds."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return names == _host_names(hosts) and certificate.not_valid_after_utc >= utc(now + seconds)
 
 
 # --- A site's request ---
@@ -176,8 +193,7 @@ class Authority:
         self, hosts: Sequence[str], key: ec.EllipticCurvePublicKey, random: RandomBytes, now: float
     ) -> bytes:
         """DER of a certificate for the coordinator under each of `hosts`, DNS names or IP addresses."""
-        names = x509.SubjectAlternativeName([_host_name(host) for host in hosts])
-        return self._issue(hosts[0], names, ExtendedKeyUsageOID.SERVER_AUTH, key, SERVER_DAYS, random, now)
+        return self._issue(hosts[0], _host_names(hosts), ExtendedKeyUsageOID.SERVER_AUTH, key, SERVER_DAYS, random, now)
 
     def issue_site(self, name: str, key: ec.EllipticCurvePublicKey, random: RandomBytes, now: float) -> bytes:
         """DER of a client certificate for the site `name`, valid for 90 days."""
@@ -238,6 +254,10 @@ def _subject(name: str) -> x509.Name:
 
 def _site_names(name: str) -> x509.SubjectAlternativeName:
     return x509.SubjectAlternativeName([x509.UniformResourceIdentifier(site_uri(name))])
+
+
+def _host_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    return x509.SubjectAlternativeName([_host_name(host) for host in hosts])
 
 
 def _host_name(host: str) -> x509.GeneralName:

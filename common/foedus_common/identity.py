@@ -35,7 +35,9 @@ from foedus_common.randomness import RandomBytes
 
 SITE_NAME = re.compile(r"[a-z0-9-]{1,40}")
 MAX_ORG_CHARACTERS = 120
-MAX_ROSTER_BYTES = 1 << 20
+MAX_ROSTER_BYTES = 112 * 1024
+"""About 600 sites; together with a plan it fits into one control message of the link."""
+
 SIGNATURE_BYTES = 64
 _KEY_FILE_BYTES = 4096
 _INT63 = 1 << 63
@@ -244,7 +246,11 @@ class SignedRoster(_Signed):
 
     @classmethod
     def sign(cls, roster: Roster, root_key: Ed25519PrivateKey) -> SignedRoster:
-        return cls._sign(roster.canonical(), root_key)
+        """Raises LocalError for a roster too long to be read by sites."""
+        canonical = roster.canonical()
+        if len(canonical) > MAX_ROSTER_BYTES:
+            raise LocalError(f"The roster would be {len(canonical)} bytes long; sites read {MAX_ROSTER_BYTES}.")
+        return cls._sign(canonical, root_key)
 
     def verify(self, root_public_key: bytes, *, now: float, highest_epoch: int) -> Roster:
         """The roster, once all is well with it. `highest_epoch` is the highest the caller has seen; 0 for none.

@@ -66,7 +66,9 @@ def verify(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint] = ()) -> 
         BrokenChain: names the first entry that was altered, dropped, inserted or moved, that differs from a
             checkpoint, or that is missing at the end though a checkpoint knows it.
     """
-    known = {checkpoint.number: checkpoint.head for checkpoint in checkpoints}
+    known: dict[int, set[bytes]] = {}
+    for checkpoint in checkpoints:
+        known.setdefault(checkpoint.number, set()).add(checkpoint.head)
     last = START
     for entry in entries:
         number = last.number + 1
@@ -74,7 +76,7 @@ def verify(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint] = ()) -> 
             raise BrokenChain(number, f"entry {entry.number} is in its place")
         if entry.head != _head(number, last.head, entry.body):
             raise BrokenChain(number, "its content does not match its hash")
-        if known.get(number, entry.head) != entry.head:
+        if known.get(number, {entry.head}) != {entry.head}:
             raise BrokenChain(number, "it differs from what was there when the checkpoint was taken")
         last = Checkpoint(number, entry.head)
     if max(known, default=0) > last.number:

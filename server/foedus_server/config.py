@@ -1,0 +1,229 @@
+"""The operator's home folder: settings, keys, certificates and where everything else lies.
+
+    foedus.toml     settings, for people to edit
+    authority.crt, authority.key     the certificate authority of the link
+    server.crt, server.key           the coordinator's certificate, renewed by itself
+    plan.key        signs plans; its public half is in the roster
+    root.pub        the consortium's root; root.key lies beside it in a demonstration only
+    foedus.db       the database; objects/ holds adapters and vectors
+
+Knows no sites and no runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from foedus_common.certificates import (
+    DAY,
+    Authority,
+    generate_tls_key,
+    lasts_for,
+    pem,
+    read_certificate,
+    read_tls_key,
+    tls_key_pem,
+)
+from foedus_common.clock import Clock
+from foedus_common.enrolment import check_address
+from foedus_common.errors import LocalError
+from foedus_common.identity import generate_key, public_bytes, public_pem, read_key, read_public_key, write_key
+from foedus_common.link.transport import TlsIdentity
+from foedus_common.private_files import create_private, private_folder, replace_private
+from foedus_common.randomness import RandomBytes
+from foedus_common.tables import parse, read_toml
+from foedus_server.store import Store
+
+SETTINGS = "foedus.toml"
+RENEW_DAYS = 30
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where the coordinator listens for sites: certificates on `port`, tokens on `enrolment_port`."""
+
+    listen: str = "127.0.0.1"
+    port: int = 8443
+    enrolment_port: int = 8444
+
+
+@dataclass(frozen=True)
+class ConsoleSettings:
+    port: int = 8080  # on the loopback address only
+
+
+@dataclass(frozen=True)
+class Settings:
+    """foedus.toml. host: the name or address under which sites reach the coordinator; database: "" for foedus.db."""
+
+    federation: str
+    host: str = "127.0.0.1"
+    database: str = ""
+    link: Link = field(default_factory=Link)
+    console: ConsoleSettings = field(default_factory=ConsoleSettings)
+
+    def __post_init__(self) -> None:
+        if not (0 < len(self.federation) <= 48 and self.federation.isprintable()):
+            raise LocalError("The federation's name must have 1 to 48 printable characters.")
+        if not 0 < self.console.port < 65_536:
+            raise LocalError(f"The console's port {self.console.port} is no port; use 1 to 65535.")
+        check_address(self.link_address)
+        check_address(self.enrolment_address)
+
+    def to_toml(self) -> str:
+        """The file that `foedus init` writes. A JSON text is a TOML text too."""
+        return (
+            f"federation = {json.dumps(self.federation)}\n"
+            f"host = {json.dumps(self.host)}  # the name or address under which sites reach this machine\n"
+            f"database = {json.dumps(self.database)}  # empty: foedus.db in this folder\n\n"
+            f"[link]\n"
+            f"listen = {json.dumps(self.link.listen)}\n"
+            f"port = {self.link.port}\n"
+            f"enrolment_port = {self.link.enrolment_port}\n\n"
+            f"[console]\n"
+            f"port = {self.console.port}  # on the loopback address only\n"
+        )
+
+    @property
+    def link_address(self) -> str:
+        """As sites dial it."""
+        return f"{_bracketed(self.host)}:{self.link.port}"
+
+    @property
+    def enrolment_address(self) -> str:
+        return f"{_bracketed(self.host)}:{self.link.enrolment_port}"
+
+    @property
+    def listen_address(self) -> str:
+        """As the coordinator binds it."""
+        return f"{_bracketed(self.link.listen)}:{self.link.port}"
+
+    @property
+    def enrolment_listen_address(self) -> str:
+        return f"{_bracketed(self.link.listen)}:{self.link.enrolment_port}"
+
+
+def home_path(option: Path | None, environment: Mapping[str, str]) -> Path:
+    """`--home`, else FOEDUS_HOME, else ./foedus-home; absolute."""
+    return (option or Path(environment.get("FOEDUS_HOME") or "foedus-home")).absolute()
+
+
+@dataclass(frozen=True)
+class Home:
+    """An operator's home that exists. Every function that reads a key raises LocalError when others can read it."""
+
+    path: Path
+    settings: Settings
+
+    @classmethod
+    def open(cls, path: Path) -> Home:
+        """Raises LocalError when there is no home, its settings are wrong, or others can look into it."""
+        if not (path / SETTINGS).exists():
+            raise LocalError(f"There is no Foedus home at {path}; `foedus init` makes one, --home names another.")
+        private_folder(path)
+        return cls(path, parse(Settings, read_toml(path / SETTINGS), str(path / SETTINGS)))
+
+    @property
+    def objects(self) -> Path:
+        return self.path / "objects"
+
+    @property
+    def demonstration(self) -> bool:
+        """Whether the root's private key lies on this machine, which is for demonstrations only."""
+        return (self.path / "root.key").exists()
+
+    def store(self, clock: Clock) -> Store:
+        return Store.open(_database_url(self.path, self.settings), clock)
+
+    def authority(self) -> Authority:
+        return Authority(read_certificate(self.path / "authority.crt"), read_tls_key(self.path / "authority.key"))
+
+    def plan_key(self) -> Ed25519PrivateKey:
+        return read_key(self.path / "plan.key")
+
+    def root_public_key(self) -> bytes:
+        return read_public_key(self.path / "root.pub")
+
+    def root_key(self) -> Ed25519PrivateKey:
+        """Raises LocalError unless this home is a demonstration."""
+        if not self.demonstration:
+            raise LocalError("The root key is not on this machine; give its file with --root-key.")
+        return read_key(self.path / "root.key")
+
+    def tls(self, random: RandomBytes, clock: Clock) -> TlsIdentity:
+        """What the link shows to sites. The certificate is issued anew when it nears its end or `host` was changed."""
+        key, authority, now = read_tls_key(self.path / "server.key"), self.authority(), clock.now()
+        shown = self.path / "server.crt"
+        hosts = _hosts(self.settings)
+        if not shown.exists() or not lasts_for(read_certificate(shown), hosts, RENEW_DAYS * DAY, now):
+            replace_private(shown, pem(authority.issue_server(hosts, key.public_key(), random, now)))
+        return TlsIdentity(shown.read_bytes(), tls_key_pem(key), pem(authority.der))
+
+
+def init(
+    path: Path,
+    settings: Settings,
+    *,
+    root_public_key: bytes | None,
+    random: RandomBytes,
+    clock: Clock,
+) -> Home:
+    """Make a home: all of it or nothing.
+
+    root_public_key: 32 bytes of the consortium's root, whose private half is elsewhere (`create_root_key`); None for a
+    demonstration, which makes a root key and keeps it in the home.
+
+    Raises:
+        LocalError: something is at `path` already.
+    """
+    if path.exists() and any(path.iterdir()):
+        raise LocalError(f"{path} exists and is not empty; choose another home with --home.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        if root_public_key is None:
+            root_public_key = create_root_key(draft / "root.key", random)
+        create_private(draft / "root.pub", public_pem(root_public_key))
+        write_key(draft / "plan.key", generate_key(random))
+        authority = Authority.create(settings.federation, random, clock.now())
+        create_private(draft / "authority.key", tls_key_pem(authority.key))
+        create_private(draft / "authority.crt", pem(authority.der))
+        create_private(draft / "server.key", tls_key_pem(generate_tls_key(random)))
+        create_private(draft / SETTINGS, settings.to_toml().encode())
+        Store.create(_database_url(draft, settings), clock).close()
+        draft.rename(path)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    return Home(path, settings)
+
+
+def create_root_key(path: Path, random: RandomBytes) -> bytes:
+    """Make the consortium's root key in a file of mode 0600, on a machine that is kept offline; gives the public half.
+
+    Raises:
+        LocalError: the file exists.
+    """
+    key = generate_key(random)
+    write_key(path, key)
+    return public_bytes(key)
+
+
+def _database_url(home: Path, settings: Settings) -> str:
+    return settings.database or f"sqlite:///{home / 'foedus.db'}"
+
+
+def _hosts(settings: Settings) -> list[str]:
+    """What the server's certificate is for; the machine's own console and checks come in over the loopback address."""
+    return list(dict.fromkeys([settings.host, "localhost", "127.0.0.1"]))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
