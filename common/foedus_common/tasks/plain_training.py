@@ -16,7 +16,7 @@ from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import RoundPlan
 from foedus_common.randomness import RandomBytes
-from foedus_common.tasks.encoder import HEAD
+from foedus_common.tasks.head import HEAD
 from foedus_common.tasks.rows import EncodedRows
 from foedus_common.tasks.text_classification import Progress, TextClassifier
 

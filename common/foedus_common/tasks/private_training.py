@@ -18,7 +18,7 @@ from foedus_common.adapters import Tensors
 from foedus_common.plan import AgreedPlan, RoundPlan
 from foedus_common.privacy.noise import noised_sum
 from foedus_common.randomness import RandomBytes
-from foedus_common.tasks.encoder import HEAD
+from foedus_common.tasks.head import HEAD
 from foedus_common.tasks.per_example import PerExampleGradients
 from foedus_common.tasks.rows import EncodedRows
 from foedus_common.tasks.text_classification import Progress, TextClassifier

@@ -21,11 +21,9 @@ from peft import PeftModel
 from foedus_common.adapters import AdapterSpec, Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import RunPlan, Task
-from foedus_common.tasks.encoder import HEAD, factors, load_encoder, spec_of
+from foedus_common.tasks.encoder import factors, load_encoder, spec_of
+from foedus_common.tasks.head import CONSTANT, HEAD
 from foedus_common.tasks.rows import EncodedRows, encode_rows, load_tokenizer
-
-CONSTANT = 0.3
-"""The last feature of every row; the head's bias is the last column of its matrix times this."""
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): how far a long computation is; what is "features" or "steps"."""
@@ -113,11 +111,6 @@ class TextClassifier:
         for name in self.factors:
             state.update(adapter[name].tobytes())
         return state.digest()
-
-
-def head_as_linear(adapter: Tensors) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The head as an ordinary linear layer over unit-norm features: weight (labels, hidden size), bias (labels,)."""
-    return adapter[HEAD][:, :-1].copy(), (adapter[HEAD][:, -1] * np.float32(CONSTANT)).astype(np.float32)
 
 
 def choose_device(device: str) -> torch.device:
