@@ -1,0 +1,199 @@
+"""What an operator can do with models, plans and runs: each action once, for whichever interface asks.
+
+Membership is in `registry`. Everything that can be checked is checked here, before any site is asked. torch runs in
+child processes only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foedus_common.adapters import AdapterSpec, adapter_bytes, load_adapter, parse_spec
+from foedus_common.clock import Clock
+from foedus_common.errors import LocalError
+from foedus_common.identity import SignedPlan
+from foedus_common.model_folder import manifest_sha256, verify
+from foedus_common.objects import ObjectRef, ObjectStore
+from foedus_common.plan import AgreedPlan, RunPlan, read_plan, schedule
+from foedus_common.privacy.accounting import calibrate, epsilon, events_of
+from foedus_common.randomness import RandomBytes
+from foedus_common.terms import field_layout
+from foedus_server.config import Home
+from foedus_server.store import Model, Run, Store
+
+PREPARE_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with everything that was solved for it, not yet signed. `first_adapter`: safetensors bytes."""
+
+    agreed: AgreedPlan
+    spec: AdapterSpec
+    first_adapter: bytes
+
+
+class Operator:
+    """The operator's actions on one home."""
+
+    def __init__(self, home: Home, clock: Clock, random: RandomBytes) -> None:
+        self.home = home
+        self.store: Store = home.store(clock)
+        self.objects = ObjectStore(home.objects)
+        self._clock = clock
+        self._random = random
+
+    # --- Models ---
+
+    def add_model(self, folder: Path, name: str | None = None) -> Model:
+        """Reads and hashes a model folder. Raises LocalError when it holds anything but safetensors and JSON."""
+        return self.store.runs.add_model(name or folder.resolve().name, manifest_sha256(folder), folder.resolve())
+
+    def _model_folder(self, plan: RunPlan) -> Path:
+        """The plan's model on this machine, hashed again. Raises LocalError when it is not here or has changed."""
+        for model in self.store.runs.models():
+            if model.manifest_sha256 == plan.model.sha256:
+                verify(Path(model.path), model.manifest_sha256)
+                return Path(model.path)
+        raise LocalError(
+            f"No model with the manifest {plan.model.sha256[:12]}… was added here; `foedus model add FOLDER` adds it, "
+            "and `foedus model list` prints the hash that belongs into [model] sha256."
+        )
+
+    # --- Plans ---
+
+    def prepare(self, path: Path) -> Prepared:
+        """Checks a plan whole: its numbers, its model, what it trains, how much noise its epsilon takes.
+
+        Raises LocalError with the first thing that cannot be.
+        """
+        plan = read_plan(path)
+        made = self._prepare_in_child(self._model_folder(plan), path)
+        spec, first_adapter = parse_spec(made["spec"]), made["first_adapter"]
+        sizes = [spec.size(phase.train) for phase in plan.phase]
+        agreed = AgreedPlan(
+            run_id=int.from_bytes(self._random(8), "big") >> 1 or 1,
+            plan=plan,
+            noise_multipliers=calibrate(plan, sizes) if plan.privacy.on else (),
+            trained=tuple(spec.parts(phase.train) for phase in plan.phase),
+            spec_sha256=spec.digest().hex(),
+            first_adapter_sha256=ObjectRef(made["first_adapter_sha256"], len(first_adapter)).sha256,
+        )
+        load_adapter(first_adapter, spec)
+        return Prepared(agreed, spec, first_adapter)
+
+    def _prepare_in_child(self, model: Path, plan: Path) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=self.home.path, prefix=".prepare-") as folder:
+            printed = run_child("foedus_server.prepare", [str(model), str(plan), folder])
+            return {
+                **json.loads(printed),
+                "spec": (Path(folder) / "spec.json").read_bytes(),
+                "first_adapter": (Path(folder) / "first_adapter.safetensors").read_bytes(),
+            }
+
+    def submit(self, path: Path) -> Run:
+        """Checks the plan, signs it and puts it before the sites as soon as the coordinator is up.
+
+        Raises LocalError for a plan that cannot be, or while there is no roster to take part.
+        """
+        if self.store.members.roster() is None:
+            raise LocalError("There is no roster yet; approve the sites and run `foedus roster sign`.")
+        prepared = self.prepare(path)
+        agreed, runs = prepared.agreed, self.store.runs
+        self.objects.put(prepared.first_adapter)
+        signed = SignedPlan.sign(agreed, self.home.plan_key())
+        runs.submit(agreed.run_id, agreed.plan.run.name, path.read_text(encoding="utf-8"), agreed.plan.rounds)
+        runs.agree(agreed.run_id, signed.to_bytes(), agreed.digest(), prepared.spec.canonical())
+        return runs.move(agreed.run_id, ["submitted"], "inviting")
+
+    # --- Runs ---
+
+    def stop(self, run: Run) -> Run:
+        """The run ends after the message under way. Raises LocalError when it has ended already."""
+        return self.store.runs.move(run.run_id, ["inviting", "running"], "stopping", "stopped by the operator")
+
+    def agreed(self, run: Run) -> AgreedPlan:
+        """The run's agreed plan, its signature checked against the home's own key."""
+        assert run.signed_plan is not None  # `submit` agrees before anything else can see the run
+        public = self.home.plan_key().public_key().public_bytes_raw()
+        return SignedPlan.from_bytes(run.signed_plan).verify(public)
+
+    def spec(self, run: Run) -> AdapterSpec:
+        assert run.spec is not None
+        return parse_spec(run.spec)
+
+    def adapters(self, run: Run) -> list[ObjectRef]:
+        """The adapter after each committed round; before the first, the one it starts from."""
+        committed = [attempt.adapter for attempt in self.store.runs.committed(run.run_id) if attempt.adapter]
+        return committed or [ObjectRef(self.agreed(run).first_adapter_sha256, adapter_bytes(self.spec(run)))]
+
+    def model_of(self, run: Run) -> Path:
+        return self._model_folder(self.agreed(run).plan)
+
+
+def describe(agreed: AgreedPlan) -> dict[str, Any]:
+    """What a plan means in numbers, for `plan check` and for whoever decides on it."""
+    plan = agreed.plan
+    rounds = schedule(plan)
+    phases = [
+        {
+            "train": phase.train,
+            "rounds": phase.rounds,
+            "parameters": agreed.size(number),
+            "noise_multiplier": agreed.noise_multipliers[number] if agreed.noise_multipliers else None,
+            "bytes_up_per_round": field_layout(agreed, next(r for r in rounds if r.phase == number)).size,
+        }
+        for number, phase in enumerate(plan.phase)
+    ]
+    private = plan.privacy.on and plan.privacy.delta is not None
+    return {
+        "name": plan.run.name,
+        "digest": agreed.digest().hex(),
+        "epsilon": epsilon(events_of(agreed), plan.privacy.delta) if private and plan.privacy.delta else None,
+        "delta": plan.privacy.delta,
+        "rounds": plan.rounds,
+        "phases": phases,
+    }
+
+
+def as_facts(run: Run, operator: Operator) -> dict[str, Any]:
+    """A run as JSON: what `run show` prints."""
+    attempts = operator.store.runs.attempts(run.run_id)
+    return {
+        "run": str(run.run_id),
+        "name": run.name,
+        "state": run.state,
+        "reason": run.reason,
+        "rounds": run.rounds,
+        "rounds_done": run.rounds_done,
+        "plan": describe(operator.agreed(run)),
+        "attempts": [
+            {key: value for key, value in dataclasses.asdict(attempt).items() if key not in ("adapter", "optimizer")}
+            for attempt in attempts
+        ],
+        "evaluations": operator.store.runs.evaluations(run.run_id),
+    }
+
+
+def run_child(module: str, arguments: Sequence[str]) -> str:
+    """Runs a module of ours in a child process; its standard output.
+
+    Raises LocalError with the child's own sentence, or with how it ended.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=PREPARE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise LocalError(f"{module} took more than {PREPARE_SECONDS} seconds and was ended.") from None
+    if child.returncode == 0:
+        return child.stdout
+    last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    raise LocalError(last if child.returncode == 2 else f"{module} failed ({child.returncode}): {last}")
