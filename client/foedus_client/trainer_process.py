@@ -27,6 +27,9 @@ from foedus_common.plan import MAX_PLAN_BYTES, AgreedPlan, RoundPlan
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BODY_BYTES = max(MAX_PLAN_BYTES, 8 * MAX_PARAMETERS)
 
+ENDS_WITHIN = 5.0
+"""Seconds in which a child whose pipe broke must have ended by itself."""
+
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): what is "features" or "steps"."""
 
@@ -116,7 +119,7 @@ class TrainerProcess:
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         """Wait for a child whose pipe is closed; kill one that does not end by itself."""
         try:
-            child.wait(timeout=0 if self._stopped else 5)
+            child.wait(timeout=0 if self._stopped else ENDS_WITHIN)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,7 @@ from transformers.utils import logging as transformers_logging
 from foedus_common.adapters import AdapterSpec, Role, TensorSpec
 from foedus_common.errors import LocalError
 from foedus_common.plan import Adapter, RunPlan
-
-HEAD = "head.weight"
-"""Name of the head's one tensor, (labels, hidden size + 1): its last column meets the constant feature."""
+from foedus_common.tasks.head import HEAD
 
 _LORA = "default"  # peft's name for the only adapter of a model
 
@@ -35,7 +35,7 @@ def encoder_spec(folder: Path, plan: RunPlan) -> AdapterSpec:
     Raises LocalError when the folder is no model that can be used, or the plan's [adapter] does not fit it.
     """
     config = _config(folder, plan.task.max_length)
-    with torch.device("meta"):
+    with _refusing(folder), torch.device("meta"):
         encoder = _with_factors(AutoModel.from_config(config, trust_remote_code=False), plan.adapter)
     return spec_of(encoder, plan)
 
@@ -48,7 +48,7 @@ def load_encoder(folder: Path, plan: RunPlan, device: torch.device) -> PeftModel
     config = _config(folder, plan.task.max_length)
     # On CPUs the backward pass of eager attention in bfloat16 takes half the time of the fused one's (MiniLM, Zen 4).
     attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
-    try:
+    with _refusing(folder):
         encoder, loading = AutoModel.from_pretrained(
             folder,
             config=config,
@@ -59,8 +59,6 @@ def load_encoder(folder: Path, plan: RunPlan, device: torch.device) -> PeftModel
             output_loading_info=True,
             **attention,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise LocalError(f"The model in {folder} cannot be loaded: {_first_line(error)}") from None
     absent = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if absent:
         raise LocalError(f"The model in {folder} lacks weights ({absent[0]}); it is not a complete encoder.")
@@ -110,10 +108,8 @@ def _config(folder: Path, max_length: int) -> PretrainedConfig:
     transformers_logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise LocalError(f"{folder} is not a model folder: it has no config.json.")
-    try:
+    with _refusing(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise LocalError(f"The model in {folder} cannot be used: {_first_line(error)}") from None
     if config.is_encoder_decoder or not isinstance(getattr(config, "hidden_size", None), int):
         raise LocalError(f"The model in {folder} ({config.model_type}) is not a text encoder.")
     positions = getattr(config, "max_position_embeddings", None)
@@ -165,5 +161,13 @@ def _adapted_layers(encoder: PeftModel) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in encoder.named_modules() if isinstance(module, LoraLayer)]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """transformers raises many kinds of errors for a folder that it cannot use; all of them say just that."""
+    try:
+        yield
+    except LocalError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LocalError(f"The model in {folder} cannot be used: {first_line}") from None

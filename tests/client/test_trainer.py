@@ -1,0 +1,202 @@
+"""The trainer as a process: real children with the tiny model, and false ones that break the pipe's rules."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_model import rows, tiny_agreed, write_tiny_model
+
+from foedus_client import trainer_process
+from foedus_client.trainer_process import TrainerProcess, TrainerSettings, read_message, write_message
+from foedus_common.adapters import AdapterSpec, save_adapter
+from foedus_common.canonical import sha256_hex
+from foedus_common.errors import LocalError
+from foedus_common.plan import AgreedPlan, schedule
+
+
+class Site:
+    """What a site's parent has at hand: the model, the dataset, an adapter file and the agreed plan."""
+
+    def __init__(self, folder: Path) -> None:
+        from foedus_common.tasks.encoder import encoder_spec
+
+        self.model = write_tiny_model(folder / "model")
+        self.agreed: AgreedPlan = tiny_agreed(self.model)
+        self.spec: AdapterSpec = encoder_spec(self.model, self.agreed.plan)
+        self.dataset = folder / "rows.csv"
+        with self.dataset.open("w", newline="") as file:
+            csv.writer(file).writerows([("note", "chapter"), *rows(30)])
+        self.adapter = folder / "adapter.safetensors"
+        zeros = {t.name: np.zeros(t.shape, np.float32) for t in self.spec.tensors}
+        self.adapter.write_bytes(save_adapter(zeros, self.spec))
+        self.sha256 = sha256_hex(self.adapter.read_bytes())
+
+    def settings(self) -> TrainerSettings:
+        return TrainerSettings(
+            model_folder=str(self.model),
+            dataset=str(self.dataset),
+            dataset_sha256=hashlib.sha256(self.dataset.read_bytes()).hexdigest(),
+            text="note",
+            label="chapter",
+            threads=1,
+        )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def trainer(site: Site) -> Iterator[TrainerProcess]:
+    """One real child for all tests that leave it alive."""
+    process = TrainerProcess(site.settings(), site.agreed)
+    yield process
+    process.stop()
+
+
+def test_both_phases_are_trained_and_progress_is_told(site: Site, trainer: TrainerProcess) -> None:
+    for plan in (schedule(site.agreed.plan)[0], schedule(site.agreed.plan)[2]):
+        told: list[Any] = []
+        update = trainer.train(site.adapter, site.sha256, plan, lambda *done: told.append(done))
+        assert update.shape == (site.agreed.size(plan.phase),)
+        assert np.isfinite(update).all()
+        assert update.all()  # noise in every coordinate
+        assert told[-1] == ("steps", 2, 2)
+
+
+def test_noise_is_fresh(site: Site, trainer: TrainerProcess) -> None:
+    plan = schedule(site.agreed.plan)[0]
+    first, second = (trainer.train(site.adapter, site.sha256, plan) for _ in range(2))
+    assert (first != second).all()
+
+
+def test_an_adapter_of_other_bytes_is_refused_and_the_trainer_lives_on(site: Site, trainer: TrainerProcess) -> None:
+    plan = schedule(site.agreed.plan)[0]
+    with pytest.raises(LocalError, match="not those that the coordinator named"):
+        trainer.train(site.adapter, "0" * 64, plan)
+    with pytest.raises(LocalError, match="cannot be read"):
+        trainer.train(site.adapter.with_name("absent"), site.sha256, plan)
+    assert trainer.train(site.adapter, site.sha256, plan).size
+
+
+def test_a_killed_trainer_is_an_error_and_the_next_call_starts_another(site: Site) -> None:
+    trainer, plan = TrainerProcess(site.settings(), site.agreed), schedule(site.agreed.plan)[0]
+    with pytest.raises(LocalError, match=r"killed, most likely because memory ran out"):
+        trainer.train(site.adapter, site.sha256, plan, lambda *_: trainer._child.kill())
+    assert trainer.train(site.adapter, site.sha256, plan).size
+    trainer.stop()
+    with pytest.raises(LocalError, match="was stopped"):
+        trainer.train(site.adapter, site.sha256, plan)
+
+
+def test_what_changed_since_it_was_agreed_is_refused(site: Site, tmp_path: Path) -> None:
+    other = Site(tmp_path)
+    settings, plan = other.settings(), schedule(other.agreed.plan)[0]
+    other.dataset.write_text("note,chapter\neye,Eye\n")
+    trainer = TrainerProcess(settings, other.agreed)
+    try:
+        with pytest.raises(LocalError, match=r"rows\.csv has changed since it was added"):
+            trainer.train(other.adapter, other.sha256, plan)
+        (other.model / "vocab.txt").write_text("other\n")
+        with pytest.raises(LocalError, match="but the plan asks for"):
+            trainer.train(other.adapter, other.sha256, plan)
+    finally:
+        trainer.stop()
+
+
+# False children
+
+
+def false_child(monkeypatch: pytest.MonkeyPatch, script: str) -> list[subprocess.Popen[bytes]]:
+    """Every trainer started from here on runs `script` instead; the list holds them."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(threads: int, log: Any) -> subprocess.Popen[bytes]:
+        prelude = "import sys, json\ninp, out = sys.stdin.buffer, sys.stdout.buffer\n"
+        child = subprocess.Popen(
+            [sys.executable, "-S", "-c", prelude + script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        started.append(child)
+        return child
+
+    monkeypatch.setattr(trainer_process, "_start", start)
+    return started
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"no json\n",
+        b"[]\n",
+        b'{"say": "update"}\n',
+        b'{"say": "update", "bytes": 8}\n12345678',
+        b'{"say": "update", "bytes": 99999999}\n',
+        b'{"say": "update", "bytes": -1}\n',
+        b'{"say": "hello", "bytes": 0}\n',
+        b'{"say": "progress", "what": 1, "done": 1, "total": 1, "bytes": 0}\n',
+        b"x" * (1 << 20),
+    ],
+)
+def test_an_answer_of_another_form_ends_the_child(site: Site, monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    started = false_child(monkeypatch, f"out.write({answer!r}); out.flush(); inp.read()")
+    monkeypatch.setattr(trainer_process, "ENDS_WITHIN", 0.0)
+    trainer = TrainerProcess(site.settings(), site.agreed)
+    with pytest.raises(LocalError, match="something else than an update"):
+        trainer.train(site.adapter, site.sha256, schedule(site.agreed.plan)[0])
+    assert started[0].poll() is not None
+
+
+@pytest.mark.parametrize("script", ["sys.exit(3)", "inp.readline(); sys.exit(3)"])
+def test_a_child_that_ends_is_named_by_its_status(site: Site, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    false_child(monkeypatch, script)
+    with pytest.raises(LocalError, match=r"ended early \(exit status 3\)"):
+        TrainerProcess(site.settings(), site.agreed).train(site.adapter, site.sha256, schedule(site.agreed.plan)[0])
+
+
+def test_stop_ends_a_training_under_way(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = b'{"say": "progress", "what": "steps", "done": 1, "total": 9, "bytes": 0}\n'
+    started = false_child(monkeypatch, f"out.write({progress!r}); out.flush(); inp.read()")
+    trainer, under_way = TrainerProcess(site.settings(), site.agreed), threading.Event()
+    stopper = threading.Thread(target=lambda: (under_way.wait(), trainer.stop()))
+    stopper.start()
+    with pytest.raises(LocalError, match="was stopped"):
+        trainer.train(site.adapter, site.sha256, schedule(site.agreed.plan)[0], lambda *_: under_way.set())
+    stopper.join()
+    assert started[0].poll() == -9
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    """Its standard input closes: nothing else tells it, whatever it is doing."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "foedus_client.trainer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(timeout=60) == 0
+
+
+def test_messages_survive_the_pipe() -> None:
+    pipe = io.BytesIO()
+    write_message(pipe, {"do": "train", "round": 1}, b"\n\0body")
+    write_message(pipe, {"do": "stop"})
+    pipe.seek(0)
+    assert read_message(pipe) == ({"do": "train", "round": 1}, b"\n\0body")
+    assert read_message(pipe) == ({"do": "stop"}, b"")
+    with pytest.raises(EOFError):
+        read_message(pipe)
+
+
+def test_the_parents_side_has_no_torch() -> None:
+    code = "import sys, foedus_client.trainer_process; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
