@@ -1,6 +1,6 @@
 """A site's end of the link: one stream to the coordinator, and the messages on it handed to a Flower `ClientApp`.
 
-An event loop on a thread of its own keeps the stream up; the app runs in worker threads, one message at a time for
+The link's event loop keeps the stream up; the app runs in worker threads, one message at a time for
 each run. Message bodies are opaque here. Lives in the daemon's process, which does not train: heartbeats never wait.
 """
 
@@ -23,9 +23,11 @@ import grpc.aio
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 
+from foedus_client.transfers import Transfers, check_size, pauses
 from foedus_common.errors import FoedusError, LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
+from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
     CHANNEL_OPTIONS,
     COORDINATOR_NODE,
@@ -39,8 +41,6 @@ from foedus_common.link.transport import (
 )
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.randomness import RandomBytes, system_random
-
-from .transfers import Transfers, check_size, pauses
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,8 @@ class SiteLink:
         self._random = random
         self._timing = timing
         self._state = (LinkState.STOPPED, "")
-        self._at_work: set[str] = set()
-        self._last_of_run: dict[int, asyncio.Task[None]] = {}
+        self._transfers: Transfers | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._replies: OrderedDict[str, pb.Reply] = OrderedDict()
         self._outgoing: asyncio.Queue[pb.Reply] = asyncio.Queue()
 
@@ -105,18 +105,11 @@ class SiteLink:
         """
         self._app = app
         self._context_for = context_for
-        started = threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._main(started)), name="foedus-link", daemon=True
-        )
-        self._thread.start()
-        started.wait()
+        on_loop(self._open()).result()
 
     def stop(self) -> None:
         """Hang up. Requests at work are abandoned; the coordinator repeats them after the next start."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stopping.set_result, None)
-            self._thread.join()
+        on_loop(self._close()).result()
 
     def fetch(self, run_id: int, ref: ObjectRef) -> Path:
         """Download an object that the coordinator offers this site in this run, unless it is here; blocks.
@@ -138,40 +131,48 @@ class SiteLink:
         self._await(lambda transfers: transfers.push(run_id, ref))
 
     def _await(self, transfer: Callable[[Transfers], Coroutine[Any, Any, None]]) -> None:
-        async def on_loop() -> None:
-            await transfer(self._transfers)
+        async def as_task() -> None:
+            if self._transfers is None:
+                raise LocalError("The link is stopped; no object can move.")
+            await self._begin(transfer(self._transfers))
 
-        moving = on_loop()
         try:
-            done = asyncio.run_coroutine_threadsafe(moving, self._loop)
-        except RuntimeError:
-            moving.close()
-            raise LocalError("The link is stopped; no object can move.") from None
-        try:
-            done.result()
+            on_loop(as_task()).result()
         except CancelledError:
             raise LocalError("The link was stopped while an object was moving.") from None
 
-    async def _main(self, started: threading.Event) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopping: asyncio.Future[None] = self._loop.create_future()
-        async with self._channel() as channel:
-            self._transfers = Transfers(
-                channel, self._objects, patience=self._patience, random=self._random, timing=self._timing
-            )
-            started.set()
-            staying = asyncio.create_task(self._stay_connected())
-            await self._stopping
-            staying.cancel()
-            await asyncio.wait([staying])
-        self._tell(LinkState.STOPPED, "")
+    async def _open(self) -> None:
+        self._bulk = self._channel()
+        self._transfers = Transfers(
+            self._bulk, self._objects, patience=self._patience, random=self._random, timing=self._timing
+        )
+        self._at_work: set[str] = set()
+        self._last_of_run: dict[int, asyncio.Task[None]] = {}
+        self._begin(self._stay_connected())
+
+    async def _close(self) -> None:
+        if self._transfers is None:
+            return
+        self._transfers = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._bulk.close()
+        self._tell(LinkState.STOPPED, "The link is stopped.")
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that ends with the link at the latest."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _channel(self) -> grpc.aio.Channel:
         return grpc.aio.secure_channel(self._address, self._credentials, CHANNEL_OPTIONS)
 
     async def _stay_connected(self) -> None:
         self._tell(LinkState.CONNECTING, f"Connecting to the coordinator at {self._address}.")
-        waits = pauses(self._random)
+        self._waits = pauses(self._random)
         while True:
             try:
                 # A new channel each time: gRPC's own would wait for up to two minutes between attempts.
@@ -185,20 +186,18 @@ class SiteLink:
             except Exception as error:
                 logger.error("the stream to the coordinator broke: %s", type(error).__name__)
                 self._tell(LinkState.AWAY, f"The stream to {self._address} broke; trying again.")
-            if self._was_connected:
-                waits = pauses(self._random)
-            await asyncio.sleep(next(waits))
+            await asyncio.sleep(next(self._waits))
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:
-        self._was_connected = False
         call = pb_grpc.LinkStub(channel).Control()
         try:
             # The first read says why, if the call was refused before this could be written.
             with suppress(asyncio.InvalidStateError):
                 await call.write(pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
             async with asyncio.timeout(self._timing.silence):
-                await call.read()
-            self._was_connected = True
+                if await call.read() is grpc.aio.EOF:
+                    return
+            self._waits = pauses(self._random)
             self._tell(LinkState.CONNECTED, f"Connected to the coordinator at {self._address}.")
             # Replies for an earlier stream are not lost: the coordinator asks again, and they are kept.
             self._outgoing = asyncio.Queue()
@@ -207,7 +206,7 @@ class SiteLink:
                 await self._listen(call)
             finally:
                 speaking.cancel()
-                await asyncio.wait([speaking])
+                await asyncio.gather(speaking, return_exceptions=True)
         finally:
             call.cancel()
 
@@ -239,7 +238,7 @@ class SiteLink:
         else:
             self._at_work.add(request.id)
             before = self._last_of_run.get(request.run_id)
-            self._last_of_run[request.run_id] = asyncio.create_task(self._work(request, before))
+            self._last_of_run[request.run_id] = self._begin(self._work(request, before))
 
     async def _work(self, request: pb.Request, before: asyncio.Task[None] | None) -> None:
         """Answer one request, after the one `before` it in the same run."""
@@ -260,16 +259,15 @@ class SiteLink:
 
         A site's approval can take hours, and must hold up neither other runs nor a stop.
         """
-        future: asyncio.Future[pb.Reply] = self._loop.create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[pb.Reply] = loop.create_future()
 
         def finish(reply: pb.Reply) -> None:
             if not future.done():
                 future.set_result(reply)
 
         def work() -> None:
-            reply = function(request)
-            with suppress(RuntimeError):  # the loop is closed: the link was stopped
-                self._loop.call_soon_threadsafe(finish, reply)
+            loop.call_soon_threadsafe(finish, function(request))
 
         threading.Thread(target=work, name=f"foedus-run-{request.run_id}", daemon=True).start()
         return await future

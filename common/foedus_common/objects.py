@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from .errors import LocalError, Reason, RemoteError
+from foedus_common.errors import LocalError, Reason, RemoteError
 
 _READ_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")

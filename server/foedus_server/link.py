@@ -1,4 +1,4 @@
-"""The coordinator's end of the link: a gRPC server on a thread of its own, and a Flower `Grid` for each run.
+"""The coordinator's end of the link: a gRPC server on the link's loop, and a Flower `Grid` for each run.
 
 A run's thread pushes Flower messages and pulls the replies; the server carries them to the sites. Message bodies are
 opaque here, identity is the business of `link_service`, and unanswered requests that of `mailbox`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from foedus_common.clock import Clock, SystemClock
 from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
+from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
     COORDINATOR_NODE,
     DEFAULT_TIMING,
@@ -34,9 +34,8 @@ from foedus_common.link.transport import (
 )
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.randomness import RandomBytes, system_random
-
-from .link_service import EnrolmentService, LinkService, RateLimit, SiteDirectory, not_admitted
-from .mailbox import Mailbox, RunFiles
+from foedus_server.link_service import EnrolmentService, LinkService, RateLimit, SiteDirectory, not_admitted
+from foedus_server.mailbox import Mailbox, RunFiles
 
 DAY = 86_400.0
 SITE_FAILED = 1
@@ -80,6 +79,7 @@ class LinkServer:
         self._files: dict[int, RunFiles] = {}
         self._service = LinkService(directory, self.mailbox, objects, self._files, timing)
         self._enrolment = EnrolmentService(enrol, RateLimit(self.clock))
+        self._servers: list[grpc.aio.Server] = []
 
     def start(self) -> None:
         """Listen; `address` and `enrol_address` then name the ports that were taken.
@@ -87,12 +87,7 @@ class LinkServer:
         Raises:
             LocalError: a port is in use, or cannot be listened on.
         """
-        listening: Future[None] = Future()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(listening)), name="foedus-link", daemon=True
-        )
-        self._thread.start()
-        listening.result()
+        on_loop(self._listen()).result()
 
     def drain_and_stop(self, grace: float = 5.0) -> None:
         """Wake the runs' threads with `LinkStopping`, say goodbye to the sites, then stop.
@@ -101,9 +96,7 @@ class LinkServer:
         """
         for grid in list(self._grids.values()):
             grid.stop()
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stopping.set_result, grace)
-            self._thread.join()
+        on_loop(self._close(grace)).result()
 
     def grid(self, run_id: int, max_upload_bytes: int) -> SiteGrid:
         """The grid of one run, until it is closed; each site may hold `max_upload_bytes` of uploads in it at a time.
@@ -129,40 +122,37 @@ class LinkServer:
 
     def disconnect(self, site: str) -> None:
         """End the site's stream at once: it was revoked."""
-        self._loop.call_soon_threadsafe(self._service.end_stream, site, not_admitted())
+        on_loop(self._service.end_stream(site, not_admitted())).result()
 
-    async def _serve(self, listening: Future[None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopping: asyncio.Future[float] = self._loop.create_future()
+    async def _listen(self) -> None:
         pair = [(self._tls.private_key, self._tls.certificate)]
         link = grpc.aio.server(options=SERVER_OPTIONS)
-        pb_grpc.add_LinkServicer_to_server(self._service, link)
         enrolment = grpc.aio.server(options=ENROLMENT_OPTIONS, maximum_concurrent_rpcs=8)
+        pb_grpc.add_LinkServicer_to_server(self._service, link)
         pb_grpc.add_EnrolmentServicer_to_server(self._enrolment, enrolment)
-        try:
-            mutual = grpc.ssl_server_credentials(pair, self._tls.authority, require_client_auth=True)
-            self.address = _listen(link, self.address, mutual)
-            self.enrol_address = _listen(enrolment, self.enrol_address, grpc.ssl_server_credentials(pair))
-            await link.start()
-            await enrolment.start()
-        except Exception as error:
-            return listening.set_exception(error)
-        listening.set_result(None)
-        grace = await self._stopping
+        mutual = grpc.ssl_server_credentials(pair, self._tls.authority, require_client_auth=True)
+        self.address = _bind(link, self.address, mutual)
+        self.enrol_address = _bind(enrolment, self.enrol_address, grpc.ssl_server_credentials(pair))
+        await link.start()
+        await enrolment.start()
+        self._servers = [link, enrolment]
+
+    async def _close(self, grace: float) -> None:
         # Streams first: `stop` would wait for them through the whole grace.
         self._service.end_all_streams()
-        await asyncio.gather(link.stop(grace), enrolment.stop(grace))
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        self._servers = []
 
 
-def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> str:
+def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> str:
     try:
-        taken = server.add_secure_port(address, credentials)
+        port = server.add_secure_port(address, credentials)
     except RuntimeError:
         raise LocalError(
             f"Cannot listen on {address}: the port is in use or the address is not of this machine; "
             "stop the other program or choose another port."
         ) from None
-    return f"{address.rpartition(':')[0]}:{taken}"
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 class SiteGrid(Grid):

@@ -23,8 +23,7 @@ from foedus_common.errors import FoedusError, LocalError, RemoteError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, SITE_URI, Timing
 from foedus_common.objects import ObjectRef, ObjectStore
-
-from .mailbox import Mailbox, RunFiles
+from foedus_server.mailbox import Mailbox, RunFiles
 
 logger = logging.getLogger(__name__)
 
@@ -135,13 +134,13 @@ class LinkService:
         self._timing = timing
         self._streams: dict[str, ControlStream] = {}
 
-    def end_stream(self, site: str, refusal: Refusal) -> None:
-        """End the site's stream, if it has one; on the loop."""
+    async def end_stream(self, site: str, refusal: Refusal) -> None:
+        """End the site's stream, if it has one."""
         if site in self._streams:
             self._streams[site].end(refusal)
 
     def end_all_streams(self) -> None:
-        """Say goodbye to everybody; on the loop. Sites come back by themselves."""
+        """Say goodbye to everybody; sites come back by themselves."""
         for stream in self._streams.values():
             stream.end()
 
@@ -151,7 +150,7 @@ class LinkService:
         async with _refusals(context):
             peer = self._admit(context)
             await self._greet(context)
-            self.end_stream(peer.site, Refusal(grpc.StatusCode.ABORTED, "A newer connection took over."))
+            await self.end_stream(peer.site, Refusal(grpc.StatusCode.ABORTED, "A newer connection took over."))
             stream = self._streams[peer.site] = ControlStream(peer)
             self._mailbox.connect(peer.site, stream)
             logger.info("site %s connected", peer.site)

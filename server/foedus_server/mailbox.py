@@ -107,8 +107,10 @@ class Mailbox:
     def take(self, ids: Iterable[str]) -> list[pb.Reply]:
         """The replies that are here, in the order of `ids`; each is given once."""
         with self._lock:
-            found = [key for key in ids if key in self._asked and self._asked[key].reply is not None]
-            return [self._asked.pop(key).reply for key in found]
+            answered = {key: asked.reply for key in ids if (asked := self._asked.get(key)) and asked.reply is not None}
+            for key in answered:
+                del self._asked[key]
+            return list(answered.values())
 
     def forget(self, ids: Iterable[str]) -> None:
         """Nobody waits for these any more."""

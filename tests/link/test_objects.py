@@ -1,0 +1,108 @@
+"""The object store: what is kept, what is refused, and what a cut leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foedus_common.errors import LocalError, RemoteError
+from foedus_common.objects import ObjectRef, ObjectStore
+
+ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+
+
+def ref_of(data: bytes) -> ObjectRef:
+    return ObjectRef(hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_an_object_is_named_by_its_sha256(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path / "objects")
+    ref = store.put(memoryview(b"abc"))
+    assert ref == ObjectRef(ABC, 3)
+    assert store.put(b"abc") == ref
+    assert store.path(ref).read_bytes() == store.read(ref) == b"abc"
+    store.delete(ref)
+    assert not store.has(ref)
+    store.delete(ref)
+
+
+def test_nobody_else_can_read_it(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path / "objects")
+    path = store.path(store.put(b"abc"))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(("sha256", "size"), [("../" * 21 + "x", 1), (ABC.upper(), 3), (ABC[:-1], 3), (ABC, 0)])
+def test_a_malformed_reference_is_refused(sha256: str, size: int) -> None:
+    with pytest.raises(RemoteError, match="BAD_MESSAGE"):
+        ObjectRef(sha256, size)
+
+
+def test_a_damaged_file_is_noticed(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path)
+    ref = store.put(b"abc")
+    store.path(ref).write_bytes(b"abd")
+    with pytest.raises(LocalError, match="damaged"):
+        store.read(ref)
+    store.delete(ref)
+    with pytest.raises(LocalError, match="is not in"):
+        store.read(ref)
+
+
+@given(data=st.binary(min_size=1, max_size=300), cuts=st.lists(st.integers(1, 299), max_size=4))
+def test_whatever_the_cuts_the_object_arrives(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, cuts: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    ref = ref_of(data)
+    for end in [*sorted(cuts), len(data)]:
+        with ObjectStore(folder).receive(ref) as partial:
+            offset = partial.resume()
+            partial.append(data[offset:end])
+    assert ObjectStore(folder).received(ref) == len(data)
+    with ObjectStore(folder).receive(ref) as partial:
+        partial.resume()
+        partial.finish()
+    assert ObjectStore(folder).read(ref) == data
+
+
+def test_other_bytes_are_thrown_away_and_can_be_sent_again(tmp_path: Path) -> None:
+    store, ref = ObjectStore(tmp_path), ref_of(b"abc")
+    with store.receive(ref) as partial:
+        partial.append(b"abd")
+        with pytest.raises(RemoteError, match="do not match"):
+            partial.finish()
+    assert store.received(ref) == 0
+    with store.receive(ref) as partial:
+        assert partial.resume() == 0
+        partial.append(b"abc")
+        partial.finish()
+    assert store.read(ref) == b"abc"
+
+
+def test_more_bytes_than_announced_are_refused(tmp_path: Path) -> None:
+    with ObjectStore(tmp_path).receive(ref_of(b"abc")) as partial, pytest.raises(RemoteError, match="longer"):
+        partial.append(b"abcd")
+
+
+def test_one_object_arrives_once_at_a_time(tmp_path: Path) -> None:
+    store, ref = ObjectStore(tmp_path), ref_of(b"abc")
+    with store.receive(ref), pytest.raises(LocalError, match="already arriving"):
+        store.receive(ref)
+    with store.receive(ref) as partial:
+        assert partial.resume() == 0
+
+
+def test_room_is_claimed_as_announced_not_as_received(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path)
+    whole = store.put(b"abc")
+    arriving, wanted = ref_of(b"x" * 100), ref_of(b"y" * 10)
+    with store.receive(arriving) as partial:
+        partial.append(b"x")
+    assert store.claimed_bytes(wanted) == 113
+    assert store.claimed_bytes(whole) == store.claimed_bytes(arriving) == 103
