@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from plans import run_plan
-
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.plan import AgreedPlan, RunPlan
+from plans import run_plan
 
-WORDS = "eye ear skin of the left right upper lower pain injury disease burn acute chronic unspecified poison".split()
+WORDS = ["eye", "ear", "skin", "of", "the", "left", "right", "upper", "lower", "pain", "injury", "disease", "burn"]
+WORDS += ["acute", "chronic", "unspecified", "poison"]
 LABELS = ["Eye", "Ear", "Skin"]
 HIDDEN = 16
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from tiny_model import HIDDEN, tiny_plan, write_tiny_model
 
 from foedus_common.adapters import load_adapter, parse_spec
 from foedus_common.canonical import enc, sha256_hex
 from foedus_common.model_folder import manifest_sha256
 from foedus_server.prepare import FIRST_ADAPTER_FILE, SPEC_FILE, main, orthonormal_rows
+from tiny_model import HIDDEN, tiny_plan, write_tiny_model
 
 PLAN = """
 run = {{ name = "small", purpose = "A test." }}

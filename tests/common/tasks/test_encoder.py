@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import HIDDEN, rewrite_config, tiny_plan, write_tiny_model
 from transformers import AlbertConfig, AlbertModel
 
 from foedus_common.errors import LocalError
 from foedus_common.tasks.encoder import encoder_spec, factors, layer_numbers, load_encoder, spec_of
+from tiny_model import HIDDEN, rewrite_config, tiny_plan, write_tiny_model
 
 CPU = torch.device("cpu")
 

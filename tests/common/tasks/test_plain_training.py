@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_model import LABELS, rows, tiny_agreed, without_dp, write_tiny_model
 
 from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
@@ -15,6 +14,7 @@ from foedus_common.plan import schedule
 from foedus_common.tasks.encoder import HEAD
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.text_classification import TextClassifier
+from tiny_model import LABELS, rows, tiny_agreed, without_dp, write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import HIDDEN, LABELS, rows, tiny_agreed, write_tiny_model
 
 from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
@@ -33,6 +32,7 @@ from foedus_common.tasks.private_training import (
 )
 from foedus_common.tasks.rows import EncodedRows
 from foedus_common.tasks.text_classification import TextClassifier, no_progress
+from tiny_model import HIDDEN, LABELS, rows, tiny_agreed, write_tiny_model
 
 WIDTH = HIDDEN + 1
 

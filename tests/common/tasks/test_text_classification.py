@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_model import HIDDEN, LABELS, rows, tiny_plan, write_tiny_model
 from transformers import AutoModel, AutoTokenizer
 
 from foedus_common.adapters import Tensors
@@ -18,6 +17,7 @@ from foedus_common.tasks.text_classification import (
     choose_device,
     choose_dtype,
 )
+from tiny_model import HIDDEN, LABELS, rows, tiny_plan, write_tiny_model
 
 
 @pytest.fixture(scope="module")
