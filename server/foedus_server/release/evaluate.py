@@ -1,0 +1,133 @@
+"""Child process: the accuracy of adapters on held-out rows that the consortium owns.
+
+    python -m foedus_server.release.evaluate --model DIR --plan AGREED.json --data ROWS.csv
+        [--text note] [--label chapter] [--examples 3] ADAPTER.safetensors ...
+
+Loads the model once and prints one line of JSON per adapter (`evaluation.Score`), as soon as it is known. All
+arithmetic is in float32, so that a figure does not depend on the machine's instructions. Exit code 2 and one sentence
+on standard error when what was given cannot be evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from foedus_common.adapters import Tensors, read_adapter
+from foedus_common.errors import LocalError
+from foedus_common.plan import AgreedPlan, parse_agreed_plan
+from foedus_common.tasks.head import HEAD
+from foedus_common.tasks.text_classification import TextClassifier
+from foedus_server.release.evaluation import Example, OfClass, Score
+
+MAX_DATA_BYTES = 1 << 30
+
+
+def held_out_rows(path: Path, text: str, label: str) -> list[tuple[str, str]]:
+    """(text, label) of each row of a CSV file with a header.
+
+    Raises LocalError for a file that is missing, empty, too large or not UTF-8, a missing column (naming the nearest),
+    and a row with an empty text or label.
+    """
+    try:
+        if path.stat().st_size > MAX_DATA_BYTES:
+            raise LocalError(f"{path} is larger than {MAX_DATA_BYTES} bytes; give a sample of it.")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            found = reader.fieldnames or []
+            for name in (text, label):
+                if name not in found:
+                    raise LocalError(f"{path} has no column {name!r}{_nearest(name, found)}")
+            rows = [(row[text] or "", row[label] or "") for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise LocalError(f"{path} cannot be read as CSV: {getattr(error, 'strerror', None) or error}.") from None
+    if not rows:
+        raise LocalError(f"{path} has no rows below its header; there is nothing to evaluate on.")
+    for number, row in enumerate(rows, start=1):
+        if not all(value.strip() for value in row):
+            raise LocalError(
+                f"Row {number} of {path} has an empty {text!r} or {label!r}; fill it in or remove the row."
+            )
+    return rows
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; its columns are {', '.join(known)}." if known else "; it is empty."
+
+
+class HeldOut:
+    """Held-out rows under one model: encoded once, their features kept while an adapter's factors stay the same."""
+
+    def __init__(self, classifier: TextClassifier, agreed: AgreedPlan, rows: Sequence[tuple[str, str]]) -> None:
+        if classifier.spec.digest().hex() != agreed.spec_sha256:
+            raise LocalError("The model does not give the adapter that the plan describes; compare the model's hash.")
+        self.classifier = classifier
+        self.labels = agreed.plan.task.labels
+        self._rows = rows
+        self._encoded = classifier.encode(rows)
+
+    def probabilities(self, adapter: Tensors) -> torch.Tensor:
+        """Softmax of the head's scores, float32 (n, labels)."""
+        features = self.classifier.features(adapter, self._encoded)
+        return torch.softmax(features @ torch.from_numpy(adapter[HEAD]).to(features.device).T, dim=1).cpu()
+
+    def score(self, name: str, adapter: Tensors, examples: int = 3) -> Score:
+        """What the adapter reaches; `name` is repeated in the score."""
+        likeliest = self.probabilities(adapter).max(dim=1)
+        predicted = [self.labels[index] for index in likeliest.indices.tolist()]
+        classes = {}
+        for label in self.labels:
+            answers = [said for said, (_, true) in zip(predicted, self._rows, strict=True) if true == label]
+            classes[label] = OfClass(len(answers), answers.count(label))
+        return Score(
+            name,
+            len(self._rows),
+            sum(of.right for of in classes.values()),
+            classes,
+            tuple(
+                Example(text, label, predicted[row], round(likeliest.values[row].item(), 6))
+                for row, (text, label) in enumerate(self._rows[:examples])
+            ),
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m foedus_server.release.evaluate", description="See the module.")
+    for name in ("--model", "--plan", "--data"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--text", default="note")
+    parser.add_argument("--label", default="chapter")
+    parser.add_argument("--examples", type=int, default=3)
+    parser.add_argument("adapters", type=Path, nargs="+")
+    given = parser.parse_args(arguments)
+    try:
+        rows = held_out_rows(given.data, given.text, given.label)
+        agreed = _agreed(given.plan)
+        held_out = HeldOut(TextClassifier.load(given.model, agreed.plan, dtype="float32"), agreed, rows)
+        for path in given.adapters:
+            adapter = read_adapter(path, held_out.classifier.spec)
+            print(held_out.score(str(path), adapter, given.examples).to_json(), flush=True)
+    except LocalError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _agreed(path: Path) -> AgreedPlan:
+    try:
+        return parse_agreed_plan(path.read_bytes())
+    except OSError as error:
+        raise LocalError(f"The plan {path} cannot be read: {error.strerror}.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
