@@ -67,7 +67,12 @@ def test_module_keeps_the_rules(package: str, name: str, path: Path) -> None:
             )
         ), f"{place} imports torch"
     if imports_any(path, "flwr"):
-        assert package == "foedus_simulations" or Path(name).name in {"app.py", "link.py", "aggregation.py"}
+        assert package == "foedus_simulations" or Path(name).name in {
+            "app.py",
+            "link.py",
+            "aggregation.py",
+            "contents.py",
+        }
         assert all(
             imported.startswith(("flwr.app", "flwr.clientapp", "flwr.serverapp"))
             for imported in imports(path)

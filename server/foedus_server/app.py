@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from foedus_server.rounds import RoundGrid
@@ -19,8 +19,3 @@ def server_app(coordinator: Coordinator) -> ServerApp:
         conduct(coordinator, context.run_id, grid)
 
     return app
-
-
-def context_of(run_id: int) -> Context:
-    """Flower's context of a run: it carries the run's id and nothing else."""
-    return Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config={})

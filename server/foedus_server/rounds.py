@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from foedus_common.clock import Clock
 from foedus_common.errors import DropReason, FoedusError, LocalError, Reason, RemoteError
 from foedus_common.identity import Roster, SignedPlan
+from foedus_common.link.contents import body_of
 from foedus_common.objects import ObjectRef
 from foedus_common.plan import AgreedPlan, RoundPlan
 from foedus_common.protocol import messages as m
@@ -30,7 +31,6 @@ from foedus_common.protocol.effects import Arrived, Deadline, Dropped, Effects, 
 from foedus_common.protocol.masks import Words
 from foedus_common.protocol.thresholds import Thresholds, thresholds
 from foedus_common.terms import protocol_roster, round_terms
-from foedus_server.link import body_of
 
 STAGE_TYPES = ("query.keys", "query.shares", "query.mask", "query.survivors", "query.unmask")
 STAGE_NAMES = ("keys", "shares", "masked input", "consistency", "unmasking")

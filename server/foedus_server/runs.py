@@ -18,12 +18,13 @@ from foedus_common.adapters import AdapterSpec, adapter_bytes, load_adapter, par
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import Roster, SignedPlan, SignedRoster
+from foedus_common.link.contents import body_of
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_server.aggregation import ServerOptimizer
-from foedus_server.link import LinkStopping, body_of
+from foedus_server.link import LinkStopping
 from foedus_server.rounds import Aborted, Committed, Patience, Round, RoundGrid, RoundLog, RoundTask
 from foedus_server.store import Attempt, Run, Store
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from foedus_common.clock import Clock
 from foedus_common.errors import FoedusError, LocalError
 from foedus_common.identity import Roster, SignedPlan, SignedRoster
+from foedus_common.link.contents import context_of
 from foedus_common.objects import ObjectStore
 from foedus_common.plan import schedule
 from foedus_common.randomness import RandomBytes
 from foedus_common.terms import field_layout
-from foedus_server.app import context_of, server_app
+from foedus_server.app import server_app
 from foedus_server.config import Home
 from foedus_server.link import LinkServer, LinkStopping
 from foedus_server.registry import ApprovedSites, Registry

@@ -1,0 +1,320 @@
+"""One round at a site, top to bottom: the page an auditor reads.
+
+    propose   a plan arrives; policy, ledger and a person decide
+    invite    reserve in the ledger (on disk) -> open the data and train -> encode -> outbox (on disk) -> Ready
+    step      the cryptographic stages A0 to A5, each answer stored before it is sent
+    end       the run is over; what was reserved and never released returns
+
+Each takes the bytes of one envelope from the coordinator and gives the bytes of one signed envelope. The coordinator is
+not trusted: whatever does not check ends in a bare Declined, and the reason stays in the site's own log. Knows no
+Flower, no socket and no torch; those are arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from foedus_client.approval import approve, refusal
+from foedus_client.ledger import Ledger
+from foedus_client.policy import SitePolicy
+from foedus_client.store import SiteStore
+from foedus_common.clock import Clock
+from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason, RemoteError
+from foedus_common.identity import Roster, SignedPlan
+from foedus_common.objects import ObjectRef, ObjectStore
+from foedus_common.plan import AgreedPlan, RoundPlan, half_range, parse_agreed_plan, schedule
+from foedus_common.protocol import messages as m
+from foedus_common.protocol import wire
+from foedus_common.protocol.effects import Abort, Erase, Persist, Send
+from foedus_common.protocol.masks import Words
+from foedus_common.protocol.site_session import Agreed, Finished, SiteSession, SiteState
+from foedus_common.protocol.thresholds import PeerRule
+from foedus_common.randomness import RandomBytes
+from foedus_common.terms import protocol_roster, round_terms
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+
+
+class Trainer(Protocol):
+    """Trains one run's rounds; the data is opened at the first call and not before."""
+
+    def train(self, adapter: Path, adapter_sha256: str, round_plan: RoundPlan) -> NDArray[np.float64]: ...
+    def stop(self) -> None: ...
+
+
+class Courier(Protocol):
+    """Moves objects between this site and the coordinator (`foedus_client.link.SiteLink`)."""
+
+    def fetch(self, run_id: int, ref: ObjectRef) -> Path: ...
+    def push(self, run_id: int, ref: ObjectRef) -> None: ...
+
+
+class Member(Protocol):
+    """What this site is in the federation (`foedus_client.enrol.Membership`)."""
+
+    key: Ed25519PrivateKey
+
+    @property
+    def name(self) -> str: ...
+    def roster(self, now: float) -> Roster: ...
+    def accept_roster(self, signed: bytes, now: float) -> Roster: ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """Everything a round needs of its site. `stopping` is set when the daemon goes down."""
+
+    member: Member
+    policy: SitePolicy
+    store: SiteStore
+    ledger: Ledger
+    objects: ObjectStore
+    courier: Courier
+    open_trainer: Callable[[AgreedPlan], Trainer]
+    clock: Clock
+    random: RandomBytes
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+
+class SiteRounds:
+    """The rounds of one site. Messages of one run come one at a time; different runs may come at once."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._sessions: dict[int, tuple[m.AttemptId, SiteSession, SiteState]] = {}
+        self._trainers: dict[int, Trainer] = {}
+
+    # --- A plan arrives ---
+
+    def propose(self, request: bytes) -> bytes:
+        """Ready when the site takes part in the plan's run, Declined when not. Waits for a person if policy says so."""
+        envelope = self._open(request)
+        try:
+            agreed = self._receive_plan(envelope)
+            willing = self._decide(agreed)
+        except FoedusError as error:
+            logger.warning("run %d: the proposed plan is not accepted: %s", envelope.header.run_id, error)
+            willing = False
+        return self._answer(envelope.header, m.Ready() if willing else m.Declined())
+
+    def _receive_plan(self, envelope: wire.Envelope) -> AgreedPlan:
+        """The plan, once roster and plan are signed by those who may, and stored. Raises FoedusError."""
+        site, header, proposal = self._site, envelope.header, envelope.message
+        if not isinstance(proposal, m.Propose):
+            raise RemoteError(Reason.WRONG_STAGE, f"a {type(proposal).__name__} came where a proposal belongs")
+        shown = ObjectRef(proposal.roster.digest.hex(), proposal.roster.size)
+        signed_roster = site.courier.fetch(header.run_id, shown).read_bytes()
+        roster = site.member.accept_roster(signed_roster, site.clock.now())
+        agreed = SignedPlan(proposal.plan, proposal.plan_signature).verify(roster.plan_key)
+        if (agreed.run_id, agreed.digest()) != (header.run_id, header.binding):
+            raise RemoteError(Reason.CONFIG_MISMATCH, "the proposal's envelope names another plan than it carries")
+        site.store.put_plan(agreed.digest(), agreed.run_id, proposal.plan, proposal.plan_signature)
+        return agreed
+
+    def _decide(self, agreed: AgreedPlan) -> bool:
+        """Whether the site takes part. Policy is a ceiling: what exceeds it is declined and never clamped."""
+        site, digest = self._site, agreed.digest()
+        stored = site.store.plan(digest)
+        assert stored is not None  # `_receive_plan` stored it
+        if stored.state == "pending":
+            if reasons := refusal(agreed, site.store, site.ledger, site.policy):
+                site.store.decide_plan(digest, "declined", "policy")
+                raise PolicyRefusal(reasons)
+            if not site.policy.require_approval:
+                approve(agreed, site.store, site.ledger, site.policy, by="policy")
+            else:
+                logger.info("run %s waits for approval: `foedus-site plans`", agreed.plan.run.name)
+        while (stored := site.store.plan(digest)) and stored.state == "pending":
+            if site.stopping.wait(LOOK_SECONDS):
+                raise LocalError("the site's daemon is stopping; the coordinator will ask again.")
+        return stored is not None and stored.state == "approved"
+
+    # --- A round begins ---
+
+    def invite(self, request: bytes) -> bytes:
+        """Ready when this round's vector is in the outbox, Declined when the site does not take part in the round."""
+        envelope = self._open(request)
+        header = envelope.header
+        try:
+            self._make_vector(envelope)
+        except FoedusError as error:
+            logger.warning("run %d, round %d: declined: %s", header.run_id, header.round + 1, error)
+            return self._answer(header, m.Declined())
+        logger.info("run %d, round %d: ready", header.run_id, header.round + 1)
+        return self._answer(header, m.Ready())
+
+    def _make_vector(self, envelope: wire.Envelope) -> None:
+        """Raises FoedusError when the round is not what was approved, the ledger has no room, or training fails."""
+        site, header = self._site, envelope.header
+        agreed, round_plan, adapter = self._check_invitation(envelope)
+        terms = round_terms(agreed, round_plan, adapter)
+        waiting = site.store.outbox(header.run_id, header.round)
+        if waiting and waiting.masked_in is None and waiting.terms == terms:
+            return  # made before and never masked: the stored vector serves
+        path = site.courier.fetch(header.run_id, adapter)
+
+        charge = site.ledger.reserve_round(header.run_id, header.round)  # on disk before the data is opened
+        update = self._trainer(agreed).train(path, adapter.sha256, round_plan)
+        words = terms.layout.encode(within_range(update, agreed, round_plan), site.random)
+        vector = ObjectVectors(site.objects).store(words)
+        site.ledger.release(charge, terms, vector)  # the outbox, on disk before Ready is sent
+
+    def _check_invitation(self, envelope: wire.Envelope) -> tuple[AgreedPlan, RoundPlan, ObjectRef]:
+        """What is to be trained, and from which adapter. Raises RemoteError unless just that was approved."""
+        site, header, invite = self._site, envelope.header, envelope.message
+        if not isinstance(invite, m.Invite):
+            raise RemoteError(Reason.WRONG_STAGE, f"a {type(invite).__name__} came where an invitation belongs")
+        stored = site.store.plan(header.binding)
+        if stored is None or stored.state != "approved" or stored.run_id != header.run_id:
+            raise RemoteError(Reason.CONFIG_MISMATCH, "the invitation names a plan that is not approved here")
+        if (invite.plan, invite.plan_signature) != (stored.canonical, stored.signature):
+            raise RemoteError(Reason.CONFIG_MISMATCH, "the invitation carries another plan than was approved")
+        agreed = parse_agreed_plan(stored.canonical)
+        site.member.roster(site.clock.now())  # an expired roster vouches for nobody
+        rounds = schedule(agreed.plan)
+        if header.round >= len(rounds) or invite.base_model_hash.hex() != agreed.plan.model.sha256:
+            raise RemoteError(Reason.CONFIG_MISMATCH, "the plan has no such round, or another base model")
+        adapter = ObjectRef(invite.adapter.digest.hex(), invite.adapter.size)
+        if header.round == 0 and adapter.sha256 != agreed.first_adapter_sha256:
+            raise RemoteError(Reason.CONFIG_MISMATCH, "the first round does not start from the plan's first adapter")
+        return agreed, rounds[header.round], adapter
+
+    def _trainer(self, agreed: AgreedPlan) -> Trainer:
+        if agreed.run_id not in self._trainers:
+            self._trainers[agreed.run_id] = self._site.open_trainer(agreed)
+        return self._trainers[agreed.run_id]
+
+    # --- The cryptographic stages ---
+
+    def step(self, request: bytes) -> bytes:
+        """The session's answer to one request of A0 to A5; effects are carried out in the order it gives."""
+        envelope = self._open(request)
+        attempt = envelope.header.attempt_id
+        try:
+            session, state = self._session(attempt)
+        except FoedusError as error:
+            logger.warning("run %d, round %d: %s", attempt.run_id, attempt.round + 1, error)
+            return self._answer(envelope.header, m.Declined())
+        state, effects = session.step(state, request)
+        self._sessions[attempt.run_id] = (attempt, session, state)
+        answer = self._answer(envelope.header, m.Declined())
+        for effect in effects:
+            match effect:
+                case Persist(records):
+                    self._site.store.persist(records)
+                case Send(_, answer):
+                    self._push_what_it_names(attempt.run_id, answer)
+                case Erase(objects):
+                    for ref in objects:
+                        self._site.objects.delete(ObjectRef(ref.digest.hex(), ref.size))
+                case Abort(error):
+                    logger.warning("run %d, round %d: stopped: %s", attempt.run_id, attempt.round + 1, error)
+        if isinstance(state.stage, Agreed | Finished):  # the coordinator named this site a survivor: it has the vector
+            self._site.ledger.commit(attempt.run_id, attempt.round)
+        return answer
+
+    def _session(self, attempt: m.AttemptId) -> tuple[SiteSession, SiteState]:
+        """The attempt's session: the one under way, a new one, or what a restart left of it."""
+        known = self._sessions.get(attempt.run_id)
+        if known and known[0] == attempt:
+            return known[1:]
+        site = self._site
+        outbox = site.store.outbox(attempt.run_id, attempt.round)
+        if outbox is None:
+            raise RemoteError(Reason.WRONG_STAGE, "no vector of this round is in the outbox")
+        session = SiteSession(
+            site=site.member.name,
+            sign=site.member.key.sign,
+            roster=protocol_roster(site.member.roster(site.clock.now())),
+            rule=peer_rule(site.policy),
+            outbox=outbox,
+            vectors=ObjectVectors(site.objects),
+            random=site.random,
+        )
+        if attempt in outbox.attempts_seen:
+            return session, session.after_restart(site.store.answered(attempt))
+        return session, session.begin()
+
+    def _push_what_it_names(self, run_id: int, answer: bytes) -> None:
+        """An answer that names an object is sent after the object; sending it again finds it there."""
+        message = wire.parse_envelope(answer).message
+        if isinstance(message, m.MaskedInput):
+            self._site.courier.push(run_id, ObjectRef(message.vector.digest.hex(), message.vector.size))
+
+    # --- The end ---
+
+    def end(self, request: bytes) -> bytes:
+        """The coordinator says that no round will follow; believing it costs the site nothing."""
+        envelope = self._open(request)
+        header, site = envelope.header, self._site
+        stored = site.store.plan(header.binding)
+        if isinstance(envelope.message, m.RunEnded) and stored and stored.state == "approved":
+            end = envelope.message.end
+            self._sessions.pop(header.run_id, None)
+            if trainer := self._trainers.pop(header.run_id, None):
+                trainer.stop()
+            site.ledger.close_run(header.run_id)
+            site.store.decide_plan(stored.digest, "finished" if end == m.End.FINISHED else "stopped", by="coordinator")
+            logger.info("run %d: %s", header.run_id, end)
+        return self._answer(header, m.Ready())
+
+    def stop(self) -> None:
+        """The daemon goes down: trainers end; everything that matters is on disk."""
+        self._site.stopping.set()
+        for trainer in list(self._trainers.values()):
+            trainer.stop()
+
+    # --- Envelopes ---
+
+    def _open(self, request: bytes) -> wire.Envelope:
+        """Raises RemoteError for what is no envelope from the coordinator to this site: then nobody is answered."""
+        envelope = wire.parse_envelope(request)
+        if (envelope.header.source, envelope.header.destination) != (wire.COORDINATOR, self._site.member.name):
+            raise RemoteError(Reason.BAD_MESSAGE, "an envelope that is not from the coordinator to this site")
+        return envelope
+
+    def _answer(self, request: wire.Header, message: m.FromSite) -> bytes:
+        header = dataclasses.replace(request, source=self._site.member.name, destination=wire.COORDINATOR)
+        return wire.build_envelope(header, message, self._site.member.key.sign)
+
+
+def within_range(update: NDArray[np.float64], agreed: AgreedPlan, round_plan: RoundPlan) -> NDArray[np.float64]:
+    """The update as it may be encoded, float64 (d,). Noise is never truncated: under DP the range is so wide that
+    leaving it has a probability below 2^-40, and encoding refuses. Without, each coordinate is clamped to the plan's
+    `update_bound`."""
+    if agreed.plan.privacy.on:
+        return update
+    bound = half_range(agreed, round_plan, "adapter")
+    return np.clip(update, -bound, bound)
+
+
+def peer_rule(policy: SitePolicy) -> PeerRule:
+    """Every organisation that policy names has to be there."""
+    return PeerRule(frozenset(policy.must_include), len(policy.must_include))
+
+
+class ObjectVectors:
+    """The session's vectors as objects of this site (`foedus_common.protocol.effects.VectorStore`)."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+
+    def load(self, ref: m.VectorRef) -> Words:
+        data = self._objects.read(ObjectRef(ref.digest.hex(), ref.size))
+        return np.frombuffer(data, dtype="<u8").astype(np.uint64)
+
+    def store(self, words: Words) -> m.VectorRef:
+        ref = self._objects.put(words.astype("<u8", copy=False).tobytes())
+        return m.VectorRef(bytes.fromhex(ref.sha256), ref.size)
