@@ -6,7 +6,6 @@ A failure means that the noise is not what the accountant assumes. Seeds are fix
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
 import math
 from fractions import Fraction
@@ -20,16 +19,7 @@ from scipy import stats
 from foedus_common.errors import LocalError
 from foedus_common.privacy import noise
 from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA, accounted_multiplier, discrete_gaussian, noised_sum
-from foedus_common.randomness import RandomBytes
-
-
-def seeded(seed: str) -> RandomBytes:
-    stream = iter(range(1 << 62))
-
-    def take(count: int) -> bytes:
-        return hashlib.shake_256(f"{seed}/{next(stream)}".encode()).digest(count)
-
-    return take
+from seeded import seeded
 
 
 def pmf(sigma: int, reach: int) -> np.ndarray:

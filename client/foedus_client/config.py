@@ -1,0 +1,133 @@
+"""A site's home folder: settings, database, objects, and the lock that lets one daemon use it.
+
+    site.toml       settings and policy, for people to edit
+    identity/       what makes this site a member (`enrol`)
+    site.db         plans, ledger, outbox (`store`); objects/ holds adapters and vectors
+    daemon.lock     held while the daemon runs
+
+Knows nothing of the federation and opens nothing but settings.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from foedus_client.policy import SitePolicy
+from foedus_common.enrolment import check_address
+from foedus_common.errors import LocalError
+from foedus_common.private_files import create_private, private_folder
+from foedus_common.tables import parse, read_toml
+
+SETTINGS = "site.toml"
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """site.toml. Raises LocalError for values that cannot be.
+
+    coordinator: "host:port" of its link; "" for the one in the token. device: where the trainer computes; threads: 0
+    leaves them to torch; niceness: 0 to 19, added to the daemon's own.
+    """
+
+    coordinator: str = ""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = 0
+    niceness: int = 0
+    policy: SitePolicy = field(default_factory=SitePolicy)
+
+    def __post_init__(self) -> None:
+        if self.coordinator:
+            check_address(self.coordinator)
+        kind, _, number = self.device.partition(":")
+        if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+            raise LocalError(f'The device {self.device!r} is none of "auto", "cpu" and "cuda:0".')
+        if self.threads < 0 or not 0 <= self.niceness <= 19:
+            raise LocalError("The trainer's threads must be 0 or more, and its niceness 0 to 19.")
+
+    def to_toml(self) -> str:
+        """The file that `foedus-site join` writes. A JSON text is a TOML text too."""
+        policy = self.policy
+        return (
+            f"coordinator = {json.dumps(self.coordinator)}  # host:port; empty: as in the token\n"
+            f"device = {json.dumps(self.device)}  # auto, cpu or cuda:0\n"
+            f"dtype = {json.dumps(self.dtype)}  # auto, float32 or bfloat16\n"
+            f"threads = {self.threads}  # 0: as many as there are cores\n"
+            f"niceness = {self.niceness}  # 0 to 19: how far training stands back for other programs\n"
+            "\n"
+            "[policy]  # a plan above any of these is refused\n"
+            f"max_epsilon_per_run = {policy.max_epsilon_per_run}\n"
+            f"max_epsilon_lifetime = {policy.max_epsilon_lifetime}  # per dataset, all runs together\n"
+            f"delta = {policy.delta}  # at which both are meant\n"
+            f"min_sites = {policy.min_sites}\n"
+            f"must_include = {json.dumps(policy.must_include)}  # other organisations that have to be in every sum\n"
+            f"base_models = {json.dumps(policy.base_models)}  # manifest hashes; empty: every model added here\n"
+            f"tasks = {json.dumps(policy.tasks)}\n"
+            f"max_rank = {policy.max_rank}\n"
+            f"require_approval = {json.dumps(policy.require_approval)}  # a person approves every plan\n"
+            f"secure_aggregation = {json.dumps(policy.secure_aggregation)}\n"
+            f"allow_without_privacy = {json.dumps(policy.allow_without_privacy)}\n"
+        )
+
+
+def home_path(option: Path | None, environment: Mapping[str, str]) -> Path:
+    """`--home`, else FOEDUS_HOME, else ./foedus-site-home; absolute."""
+    return (option or Path(environment.get("FOEDUS_HOME") or "foedus-site-home")).absolute()
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """A site's home that exists."""
+
+    path: Path
+    settings: SiteSettings
+
+    @classmethod
+    def create(cls, path: Path, settings: SiteSettings | None = None) -> SiteHome:
+        """Make the folder (mode 0700) and its settings; a home that exists stays as it is."""
+        private_folder(path)
+        if not (path / SETTINGS).exists():
+            create_private(path / SETTINGS, (settings or SiteSettings()).to_toml().encode())
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> SiteHome:
+        """Raises LocalError when there is no home, its settings are wrong, or others can look into it."""
+        if not (path / SETTINGS).exists():
+            raise LocalError(f"There is no site home at {path}; `foedus-site join` makes one, --home names another.")
+        private_folder(path)
+        return cls(path, parse(SiteSettings, read_toml(path / SETTINGS), str(path / SETTINGS)))
+
+    @property
+    def database(self) -> Path:
+        return self.path / "site.db"
+
+    @property
+    def objects(self) -> Path:
+        return self.path / "objects"
+
+    @contextmanager
+    def daemon_lock(self) -> Iterator[None]:
+        """Held while the daemon runs; the system lets go of it when the process ends, however it ends.
+
+        Raises LocalError when another daemon has this home.
+        """
+        descriptor = os.open(self.path / "daemon.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise LocalError(
+                f"A daemon is running on {self.path} already; stop it first, or use another --home."
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(descriptor)

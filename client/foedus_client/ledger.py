@@ -1,0 +1,251 @@
+"""The privacy ledger: reserved before data is opened, never refunded once released.
+
+A run is reserved whole when it is approved. Each training of a round is a charge of its own: reserved (on disk) before
+data is opened, released in the same transaction that puts the vector into the outbox, committed when the coordinator
+acknowledges it. Closing a run returns what was never released; what may have been sent counts as spent. Entries are
+hash-chained and signed by the site. What they amount to is for `accounts`; knows no SQL, and caps are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foedus_client.accounts import Account, Budget, Commitment, Run, beyond, fold, reservation
+from foedus_client.data import Survey, share_rows
+from foedus_client.store import Dataset, SiteStore
+from foedus_common.canonical import labelled
+from foedus_common.clock import Clock
+from foedus_common.errors import LocalError, PolicyRefusal, RemoteError
+from foedus_common.identity import verify as verify_signature
+from foedus_common.journal import BrokenChain, Checkpoint, Entry, next_entry
+from foedus_common.journal import verify as verify_chain
+from foedus_common.plan import AgreedPlan
+from foedus_common.privacy import accounting
+from foedus_common.protocol.messages import RoundTerms, VectorRef
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of `foedus-site ledger`. Epsilons at `delta`; decisions count `spent + reserved` against `cap`.
+
+    left: epsilon of the largest further run that would be admitted (as one Gaussian).
+    """
+
+    account: str
+    datasets: tuple[str, ...]
+    delta: float
+    cap: float
+    spent: float
+    reserved: float
+    left: float
+    runs: int
+    releases: int
+    releases_without_privacy: int
+
+
+class Ledger:
+    """The accounts of a site, kept in its store. Every method that writes is one transaction, on disk on return."""
+
+    def __init__(self, store: SiteStore, clock: Clock, sign: Callable[[bytes], bytes]) -> None:
+        """sign: the site's Ed25519 signature (64 bytes) of a message."""
+        self._store = store
+        self._clock = clock
+        self._sign = sign
+
+    # --- Accounts ---
+
+    def add_dataset(self, name: str, path: Path, text: str, label: str, survey: Survey) -> Dataset:
+        """Keep a dataset that `data.survey` found good; open its account, or join the one it shares rows with.
+
+        Raises LocalError when the name is taken, when the same rows are there under another name, or when the file
+        shares rows with datasets of two accounts.
+        """
+        with self._store.transaction("add dataset"):
+            dataset = Dataset(
+                name=name,
+                account=self._account_for(name, survey),
+                path=path,
+                text_column=text,
+                label_column=label,
+                file_sha256=survey.file_sha256,
+                rows_sha256=survey.rows_sha256,
+                rows=survey.rows,
+                label_counts=survey.label_counts,
+                added_at=self._clock.now(),
+            )
+            self._store.add_dataset(dataset, survey.row_keys)
+            self._append("add_dataset", dataset=name, account=dataset.account, rows_sha256=survey.rows_sha256)
+            return dataset
+
+    def accounts(self) -> dict[str, Account]:
+        """Every account, by name."""
+        return fold(entry for entry, _ in self._store.ledger_entries())
+
+    def account(self, dataset: str) -> Account:
+        """The account that pays for a dataset. Raises LocalError for a name that was never added."""
+        for account in self.accounts().values():
+            if dataset in account.datasets:
+                return account
+        raise LocalError(f"There is no dataset named {dataset!r} here; add it with `foedus-site data add`.")
+
+    def lines(self, budget: Budget) -> list[Line]:
+        """What `foedus-site ledger` shows, one line per account."""
+        return [_line(account, budget) for account in self.accounts().values()]
+
+    def run(self, run_id: int) -> Run:
+        """What a run has reserved and spent. Raises LocalError for a run that was never reserved."""
+        for account in self.accounts().values():
+            if run_id in account.runs:
+                return account.runs[run_id]
+        raise LocalError(f"Run {run_id} has no reservation in the ledger; approve its plan first.")
+
+    # --- A run ---
+
+    def reserve_run(self, agreed: AgreedPlan, budget: Budget, *, capped: bool = True) -> None:
+        """Set aside all that the run may release; again for the same plan changes nothing.
+
+        budget: of the dataset's life. capped=False only where site policy allows runs without privacy and no cap can
+        hold. Raises PolicyRefusal when the budget does not admit the run, LocalError for an unknown dataset, a closed
+        run, or a run id that another plan has.
+        """
+        commitment = Commitment.of(agreed)
+        with self._store.transaction("reserve run"):
+            account = self.account(commitment.dataset)
+            known = next(
+                (a.runs[commitment.run_id] for a in self.accounts().values() if commitment.run_id in a.runs), None
+            )
+            if known:
+                if known.commitment != commitment or not known.open:
+                    raise LocalError(
+                        f"Run {commitment.run_id} is closed in the ledger, or is there under another plan."
+                    )
+                return
+            if capped and not account.admits(commitment, budget):
+                raise PolicyRefusal([beyond(account, commitment, budget)])
+            self._append("reserve_run", **reservation(commitment, budget.delta))
+
+    def reserve_round(self, run_id: int, round_index: int) -> int:
+        """Charge one training of a round, before data is opened; gives the charge's number.
+
+        Every call is a new charge: one that was trained before a crash and never reached the outbox stays reserved
+        until the run is closed. Raises PolicyRefusal when the plan's retries are used up or this one would cost more
+        than was approved, LocalError when the run is not reserved or is closed.
+        """
+        with self._store.transaction("reserve round"):
+            run = self._open_run(run_id)
+            phase = run.commitment.phase(round_index)
+            if run.charges_of(round_index):
+                _require_retry(run, round_index)
+            return self._append("reserve_round", run_id=run_id, round=round_index, phase=phase).number
+
+    def release(self, charge: int, terms: RoundTerms, vector: VectorRef) -> None:
+        """Spend a charge and put its vector into the outbox: from here on it may be sent and is never refunded.
+
+        The vector's object has to be on disk. Raises LocalError unless the charge is reserved, for this plan and
+        round, in an open run.
+        """
+        with self._store.transaction("release"):
+            run = self._open_run(terms.run_id)
+            paid = {c.number for c in run.charges_of(terms.round) if c.state == "reserved"}
+            if charge not in paid or terms.plan_digest.hex() != run.commitment.plan_digest:
+                raise LocalError(f"Charge {charge} does not pay for round {terms.round} of run {terms.run_id}.")
+            self._append("release", run_id=terms.run_id, charge=charge)
+            self._store.put_vector(charge, terms, vector)
+
+    def commit(self, run_id: int, round_index: int) -> None:
+        """The coordinator acknowledged the round: mark what was released for it. Again changes nothing."""
+        with self._store.transaction("commit"):
+            for charge in self.run(run_id).charges_of(round_index):
+                if charge.state == "released":
+                    self._append("commit", run_id=run_id, charge=charge.number)
+                    self._store.acknowledge(charge.number)
+
+    def close_run(self, run_id: int) -> None:
+        """The run is over: return what was never released. Again, or for a run never reserved, changes nothing."""
+        with self._store.transaction("close run"):
+            if any(run_id in a.runs and a.runs[run_id].open for a in self.accounts().values()):
+                self._append("close_run", run_id=run_id)
+
+    # --- The chain ---
+
+    def verify(self, public_key: bytes, checkpoints: Iterable[Checkpoint] = ()) -> Checkpoint:
+        """Recompute the chain and check every signature; gives its end.
+
+        public_key: the site's, 32 bytes. checkpoints: heads that others kept. Raises BrokenChain, which names the
+        first entry that was altered, is missing or is not signed by this site.
+        """
+        entries = self._store.ledger_entries()
+        for entry, signature in entries:
+            try:
+                verify_signature(public_key, signature, _statement(entry), "the entry")
+            except RemoteError:
+                verify_chain((entry for entry, _ in entries), checkpoints)
+                raise BrokenChain(entry.number, "it is not signed by this site") from None
+        return verify_chain((entry for entry, _ in entries), checkpoints)
+
+    # --- Plumbing ---
+
+    def _append(self, event: str, **details: Any) -> Entry:
+        entry = next_entry(self._store.ledger_end(), self._clock.now(), event, details)
+        self._store.append_entry(entry, self._sign(_statement(entry)))
+        return entry
+
+    def _open_run(self, run_id: int) -> Run:
+        run = self.run(run_id)
+        if not run.open:
+            raise LocalError(f"Run {run_id} is closed in the ledger; it spends nothing more.")
+        return run
+
+    def _account_for(self, name: str, survey: Survey) -> str:
+        """The account of a new dataset: its own, or the one that has some of its rows already."""
+        accounts = set()
+        for other in self._store.datasets():
+            if other.rows_sha256 == survey.rows_sha256:
+                raise LocalError(f"The same rows were added already, as {other.name!r}; use that dataset.")
+            if share_rows(self._store.row_keys(other.name), survey.row_keys):
+                accounts.add(other.account)
+        if len(accounts) > 1:
+            raise LocalError(
+                f"The file shares rows with datasets of several ledger lines ({', '.join(sorted(accounts))}); "
+                "leave out the rows of all but one."
+            )
+        return accounts.pop() if accounts else name
+
+
+def _require_retry(run: Run, round_index: int) -> None:
+    """Raises PolicyRefusal unless the round, trained before, may be trained once more."""
+    commitment = run.commitment
+    again = f"Round {round_index} of run {commitment.run_id} was trained before"
+    if run.retries >= commitment.retries:
+        raise PolicyRefusal([f"{again}, and the {commitment.retries} retries of its plan are used up."])
+    if not commitment.private:
+        if any(charge.state != "reserved" for charge in run.charges_of(round_index)):
+            raise PolicyRefusal([f"{again}, and without privacy two sums of one round would show their difference."])
+        return
+    costs = commitment.cost(run.after_retry(commitment.phase(round_index)))
+    if any(accounting.epsilon(costs, delta) > commitment.epsilon(delta) for delta in {commitment.delta, run.delta}):
+        raise PolicyRefusal([f"{again}, and a retry in this phase would cost more than was approved."])
+
+
+def _line(account: Account, budget: Budget) -> Line:
+    spent, held = account.epsilon(budget.delta), account.epsilon(budget.delta, held=True)
+    return Line(
+        account=account.name,
+        datasets=account.datasets,
+        delta=budget.delta,
+        cap=budget.epsilon,
+        spent=spent,
+        reserved=held - spent if held > spent else 0.0,
+        left=account.left(budget),
+        runs=len(account.runs),
+        releases=account.releases,
+        releases_without_privacy=account.releases_without_privacy,
+    )
+
+
+def _statement(entry: Entry) -> bytes:
+    """What the site signs of an entry: its head stands for all before it."""
+    return labelled("ledger", entry.number, entry.head)

@@ -1,0 +1,148 @@
+"""A site's own rules, and what they say to a plan: allowed, or refused with one sentence for each reason.
+
+Policy is a ceiling: a plan above it is refused, never clamped. `decide` is pure: the plan, the facts, the policy and
+the ledger's account are its arguments. The reasons are for this site's own eyes. Every default is on the safe side.
+Knows no disk and no network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from foedus_client.accounts import Account, Budget, Commitment, beyond
+from foedus_common.errors import LocalError
+from foedus_common.plan import TRAINER_VERSION, AgreedPlan
+
+
+@dataclass(frozen=True)
+class SitePolicy:
+    """`[policy]` of site.toml. Raises LocalError for values that cannot be.
+
+    max_epsilon_per_run, max_epsilon_lifetime: epsilon_local at `delta`, the latter per dataset. min_sites: the least
+    that a plan may allow in a sum. must_include: other organisations; at least as many of their sites as there are
+    names have to be in every sum. base_models: manifest hashes; empty for every model that was added here.
+    allow_without_privacy: lets plans with unit = "none" in, which no cap can hold.
+    """
+
+    max_epsilon_per_run: float = 8.0
+    max_epsilon_lifetime: float = 16.0
+    delta: float = 1e-5
+    min_sites: int = 3
+    must_include: tuple[str, ...] = ()
+    base_models: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("text-classification",)
+    max_rank: int = 64
+    require_approval: bool = True
+    secure_aggregation: Literal["required"] = "required"
+    allow_without_privacy: bool = False
+
+    def __post_init__(self) -> None:
+        if not (0 < self.max_epsilon_per_run < math.inf and 0 < self.max_epsilon_lifetime < math.inf):
+            raise LocalError("[policy] max_epsilon_per_run and max_epsilon_lifetime must be above 0.")
+        if not 1e-11 <= self.delta <= 1e-3:
+            raise LocalError("[policy] delta must be between 1e-11 and 0.001.")
+        if self.min_sites < 3:
+            raise LocalError("[policy] min_sites must be 3 or more: the sum of two sites reveals the other one.")
+        if self.max_rank < 1:
+            raise LocalError("[policy] max_rank must be 1 or more.")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.max_epsilon_lifetime, self.delta)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a decision rests on besides the plan.
+
+    organisation: this site's own; organisations: of all sites in the root-signed roster, by site. models: manifest
+    hashes of the models here. foreign_rows: rows of the dataset whose label the plan does not list.
+    """
+
+    organisation: str
+    organisations: Mapping[str, str]
+    models: frozenset[str]
+    foreign_rows: int
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Within policy. needs_approval: a person still has to say yes."""
+
+    needs_approval: bool
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One sentence for each reason; at least one."""
+
+    reasons: tuple[str, ...]
+
+
+def decide(agreed: AgreedPlan, facts: Facts, policy: SitePolicy, account: Account | None) -> Allowed | Refused:
+    """What the policy says to a plan. account: of the plan's dataset; None when the site has no such dataset."""
+    reasons = (
+        *_about_software(agreed, facts, policy),
+        *_about_sites(agreed, facts, policy),
+        *_about_data(agreed, facts, account),
+        *_about_privacy(agreed, policy, account),
+    )
+    return Refused(reasons) if reasons else Allowed(policy.require_approval)
+
+
+def capped(agreed: AgreedPlan, policy: SitePolicy, account: Account) -> bool:
+    """Whether `max_epsilon_lifetime` applies: not to what policy lets go without privacy, nor once something went."""
+    without = not agreed.plan.privacy.on or account.releases_without_privacy > 0
+    return not (policy.allow_without_privacy and without)
+
+
+def _about_software(agreed: AgreedPlan, facts: Facts, policy: SitePolicy) -> Iterator[str]:
+    plan = agreed.plan
+    if agreed.trainer_version != TRAINER_VERSION:
+        yield f"The plan asks for {agreed.trainer_version}, and this site has {TRAINER_VERSION}."
+    if plan.task.kind not in policy.tasks:
+        yield f"The plan's task is {plan.task.kind}, which is not among [policy] tasks."
+    if plan.adapter.rank > policy.max_rank:
+        yield f"The plan's adapter has rank {plan.adapter.rank}, and [policy] max_rank is {policy.max_rank}."
+    if policy.base_models and plan.model.sha256 not in policy.base_models:
+        yield f"The plan's model {plan.model.sha256[:12]} is not among [policy] base_models."
+    if plan.model.sha256 not in facts.models:
+        yield f"The plan's model {plan.model.sha256[:12]} is not here; add it with `foedus-site model add`."
+
+
+def _about_sites(agreed: AgreedPlan, facts: Facts, policy: SitePolicy) -> Iterator[str]:
+    least = agreed.plan.secure_aggregation.min_sites
+    if least < policy.min_sites:
+        yield f"The plan allows sums of {least} sites, and [policy] min_sites is {policy.min_sites}."
+    for organisation in policy.must_include:
+        if organisation == facts.organisation:
+            yield f"[policy] must_include names this site's own organisation, {organisation!r}; name others."
+        elif organisation not in facts.organisations.values():
+            yield f"The roster has no site of {organisation!r}, which [policy] must_include names."
+
+
+def _about_data(agreed: AgreedPlan, facts: Facts, account: Account | None) -> Iterator[str]:
+    name = agreed.plan.data.name
+    if account is None:
+        yield f"There is no dataset named {name!r} here; add it with `foedus-site data add`."
+    elif facts.foreign_rows:
+        yield f"Dataset {name!r} has {facts.foreign_rows} rows whose label is not among the plan's labels."
+
+
+def _about_privacy(agreed: AgreedPlan, policy: SitePolicy, account: Account | None) -> Iterator[str]:
+    commitment = Commitment.of(agreed)
+    if not commitment.private:
+        if not policy.allow_without_privacy:
+            yield "The plan turns differential privacy off, and [policy] allow_without_privacy is false."
+        return
+    epsilon = commitment.epsilon(policy.delta)
+    if epsilon > policy.max_epsilon_per_run:
+        yield (
+            f"The plan can spend epsilon {epsilon:.4g} at delta {policy.delta:g}, and [policy] max_epsilon_per_run is "
+            f"{policy.max_epsilon_per_run:.4g}."
+        )
+    if account and capped(agreed, policy, account) and not account.admits(commitment, policy.budget):
+        yield beyond(account, commitment, policy.budget)
