@@ -33,14 +33,17 @@ class Database:
     """
 
     def __init__(self, url: str, clock: Clock) -> None:
-        """Raises LocalError when there is no such database, or it is of another version of Foedus."""
+        """Raises LocalError when there is no such database, or it is not one of this version of Foedus."""
         path = _sqlite_path(url)
         if path and not path.exists():
             raise LocalError(f"There is no database {path}; `foedus init` makes one.")
         self.clock = clock
         self._engine = _engine(url)
-        with self.reading() as connection:
-            version = connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one_or_none()
+        try:
+            with self.reading() as connection:
+                version = connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one_or_none()
+        except DBAPIError as error:
+            raise LocalError(f"{path or 'What was found'} is no database of Foedus: {error.orig}.") from None
         if version != VERSION:
             raise LocalError(f"The database has tables of version {version}; this Foedus reads version {VERSION}.")
 
