@@ -24,7 +24,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from foedus_client.approval import approve, refusal
+from foedus_client.approval import Approval
 from foedus_client.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
@@ -129,11 +129,14 @@ class SiteRounds:
         stored = site.store.plan(digest)
         assert stored is not None  # `_receive_plan` stored it
         if stored.state == "pending":
-            if reasons := refusal(agreed, site.store, site.ledger, site.policy):
-                site.store.decide_plan(digest, "declined", "policy")
+            approval = Approval(
+                site.member.name, site.member.roster(site.clock.now()), site.policy, site.store, site.ledger
+            )
+            if reasons := approval.lasting_reasons(agreed):
+                approval.decline(digest, by="policy")
                 raise PolicyRefusal(reasons)
             if not site.policy.require_approval:
-                approve(agreed, site.store, site.ledger, site.policy, by="policy")
+                approval.approve(digest, by="policy")
             else:
                 logger.info("run %s waits for approval: `foedus-site plans`", agreed.plan.run.name)
         while (stored := site.store.plan(digest)) and stored.state == "pending":
@@ -163,10 +166,11 @@ class SiteRounds:
         waiting = site.store.outbox(header.run_id, header.round)
         if waiting and waiting.masked_in is None and waiting.terms == terms:
             return  # made before and never masked: the stored vector serves
+        trainer = self._trainer(agreed)
         path = site.courier.fetch(header.run_id, adapter)
 
         charge = site.ledger.reserve_round(header.run_id, header.round)  # on disk before the data is opened
-        update = self._trainer(agreed).train(path, adapter.sha256, round_plan)
+        update = trainer.train(path, adapter.sha256, round_plan)
         words = terms.layout.encode(within_range(update, agreed, round_plan), site.random)
         vector = ObjectVectors(site.objects).store(words)
         site.ledger.release(charge, terms, vector)  # the outbox, on disk before Ready is sent
@@ -219,8 +223,8 @@ class SiteRounds:
                 case Erase(objects):
                     for ref in objects:
                         self._site.objects.delete(ObjectRef(ref.digest.hex(), ref.size))
-                case Abort(error):
-                    logger.warning("run %d, round %d: stopped: %s", attempt.run_id, attempt.round + 1, error)
+                case Abort(why):
+                    logger.warning("run %d, round %d: stopped: %s", attempt.run_id, attempt.round + 1, why)
         if isinstance(state.stage, Agreed | Finished):  # the coordinator named this site a survivor: it has the vector
             self._site.ledger.commit(attempt.run_id, attempt.round)
         return answer

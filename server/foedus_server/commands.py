@@ -27,7 +27,9 @@ from foedus_common.privacy.accounting import calibrate, epsilon, events_of
 from foedus_common.randomness import RandomBytes
 from foedus_common.terms import field_layout
 from foedus_server.config import Home
-from foedus_server.store import Model, Run, Store
+from foedus_server.release.evaluation import Score, evaluate
+from foedus_server.release.export import Facts, export
+from foedus_server.store import Evaluation, Model, Run, Store
 
 PREPARE_SECONDS = 600
 
@@ -39,6 +41,30 @@ class Prepared:
     agreed: AgreedPlan
     spec: AdapterSpec
     first_adapter: bytes
+
+
+@dataclass(frozen=True)
+class RoundScore:
+    """What the adapter reached after `round` rounds (counted from 1)."""
+
+    round: int
+    score: Score
+
+    @property
+    def rows(self) -> int:
+        return self.score.rows
+
+    @property
+    def accuracy(self) -> float:
+        return self.score.accuracy
+
+    @property
+    def standard_error(self) -> float:
+        return self.score.standard_error
+
+    def as_json(self) -> dict[str, Any]:
+        facts = {"round": self.round, "accuracy": self.accuracy, "standard_error": self.standard_error}
+        return {**facts, **dataclasses.asdict(self.score)}
 
 
 class Operator:
@@ -135,8 +161,30 @@ class Operator:
         committed = [attempt.adapter for attempt in self.store.runs.committed(run.run_id) if attempt.adapter]
         return committed or [ObjectRef(self.agreed(run).first_adapter_sha256, adapter_bytes(self.spec(run)))]
 
-    def model_of(self, run: Run) -> Path:
-        return self._model_folder(self.agreed(run).plan)
+    def export(self, run: Run, folder: Path) -> None:
+        """Writes the newest adapter as a folder. Raises LocalError when the folder is not empty."""
+        agreed, spec = self.agreed(run), self.spec(run)
+        adapter = load_adapter(self.objects.read(self.adapters(run)[-1]), spec)
+        committed = self.store.runs.committed(run.run_id)
+        sites = sorted({site for attempt in committed for site in attempt.survivors})
+        bound = _epsilon(agreed)
+        export(folder, agreed, spec, adapter, Facts(tuple(sites), run.rounds_done, bound, bound))
+
+    def evaluate(self, run: Run, data: Path, text: str, label: str, every_round: bool) -> list[RoundScore]:
+        """Accuracy of the newest adapter, or of each round's, on held-out rows; in a child process, and kept.
+
+        Raises LocalError when the rows do not fit the plan, or the model is not here.
+        """
+        agreed, adapters = self.agreed(run), self.adapters(run)
+        chosen = list(enumerate(adapters, start=1))[None if every_round else -1 :]
+        files = [self.objects.path(adapter) for _, adapter in chosen]
+        scores = evaluate(self._model_folder(agreed.plan), agreed, files, data, text=text, label=label)
+        results = [RoundScore(number, score) for (number, _), score in zip(chosen, scores, strict=True)]
+        for result in results:
+            self.store.runs.add_evaluation(
+                Evaluation(run.run_id, result.round, str(data), result.rows, result.accuracy, self._clock.now())
+            )
+        return results
 
 
 def describe(agreed: AgreedPlan) -> dict[str, Any]:
@@ -153,15 +201,21 @@ def describe(agreed: AgreedPlan) -> dict[str, Any]:
         }
         for number, phase in enumerate(plan.phase)
     ]
-    private = plan.privacy.on and plan.privacy.delta is not None
     return {
         "name": plan.run.name,
         "digest": agreed.digest().hex(),
-        "epsilon": epsilon(events_of(agreed), plan.privacy.delta) if private and plan.privacy.delta else None,
+        "epsilon": _epsilon(agreed),
         "delta": plan.privacy.delta,
         "rounds": plan.rounds,
         "phases": phases,
     }
+
+
+def _epsilon(agreed: AgreedPlan) -> float | None:
+    """Of the whole run with its retries, at the plan's delta; None without DP. It is the local one; with several steps
+    in a round no smaller central one is claimed (docs/protocol.md section 4)."""
+    delta = agreed.plan.privacy.delta
+    return None if delta is None else epsilon(events_of(agreed), delta)
 
 
 def as_facts(run: Run, operator: Operator) -> dict[str, Any]:

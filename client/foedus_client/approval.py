@@ -1,0 +1,85 @@
+"""A plan before the site: what policy says, and what saying yes sets in motion. Used by the daemon and by people.
+
+Approval, the ledger's reservation and the plan's new state are one transaction: there is no approved plan without its
+budget set aside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from foedus_client.accounts import Account
+from foedus_client.data import foreign_labels
+from foedus_client.ledger import Ledger
+from foedus_client.policy import Allowed, Facts, Refused, SitePolicy, capped, decide
+from foedus_client.store import SiteStore
+from foedus_common.errors import LocalError, PolicyRefusal
+from foedus_common.identity import Roster
+from foedus_common.plan import AgreedPlan, parse_agreed_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Approval:
+    """Decides on plans for one site. `roster`: the newest one; `site`: this site's name in it."""
+
+    site: str
+    roster: Roster
+    policy: SitePolicy
+    store: SiteStore
+    ledger: Ledger
+
+    def reasons(self, agreed: AgreedPlan) -> tuple[str, ...]:
+        """Everything that stands against the plan now; empty when it may be approved."""
+        return _reasons(decide(agreed, self._facts(agreed), self.policy, self._account(agreed)))
+
+    def lasting_reasons(self, agreed: AgreedPlan) -> tuple[str, ...]:
+        """What stands against it whatever is added here: not that the model or the data is still missing."""
+        facts = self._facts(agreed)
+        prepared = dataclasses.replace(facts, models=facts.models | {agreed.plan.model.sha256}, foreign_rows=0)
+        account = self._account(agreed) or Account("", (), {})
+        return _reasons(decide(agreed, prepared, self.policy, account))
+
+    def approve(self, digest: bytes, by: str) -> AgreedPlan:
+        """Say yes to a pending plan and set its budget aside. by: "policy", or the person's user name.
+
+        Raises PolicyRefusal with every reason against it, LocalError when no such plan waits.
+        """
+        with self.store.transaction("approve"):
+            agreed = self._waiting(digest)
+            if reasons := self.reasons(agreed):
+                raise PolicyRefusal(reasons)
+            limited = capped(agreed, self.policy, self.ledger.account(agreed.plan.data.name))
+            self.ledger.reserve_run(agreed, self.policy.budget, capped=limited)
+            self.store.decide_plan(digest, "approved", by)
+        return agreed
+
+    def decline(self, digest: bytes, by: str) -> None:
+        """Say no; the coordinator learns only that the site does not take part. Raises LocalError as `approve`."""
+        self._waiting(digest)
+        self.store.decide_plan(digest, "declined", by)
+
+    def _waiting(self, digest: bytes) -> AgreedPlan:
+        stored = self.store.plan(digest)
+        if stored is None or stored.state != "pending":
+            state = "unknown here" if stored is None else stored.state
+            raise LocalError(f"The plan is {state}, so there is nothing to decide; see `foedus-site plans`.")
+        return parse_agreed_plan(stored.canonical)
+
+    def _facts(self, agreed: AgreedPlan) -> Facts:
+        dataset = self.store.dataset(agreed.plan.data.name)
+        foreign = foreign_labels(dataset.label_counts, agreed.plan.task.labels) if dataset else {}
+        return Facts(
+            organisation=self.roster.site(self.site).org,
+            organisations=self.roster.organisations,
+            models=frozenset(model.manifest_sha256 for model in self.store.models()),
+            foreign_rows=sum(foreign.values()),
+        )
+
+    def _account(self, agreed: AgreedPlan) -> Account | None:
+        if self.store.dataset(agreed.plan.data.name) is None:
+            return None
+        return self.ledger.account(agreed.plan.data.name)
+
+
+def _reasons(decision: Allowed | Refused) -> tuple[str, ...]:
+    return decision.reasons if isinstance(decision, Refused) else ()

@@ -1,0 +1,325 @@
+"""`foedus-site`: the site administrator's program. Commands write the home's database; the daemon notices at once."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from foedus_client import config, enrol
+from foedus_client.accounts import Commitment
+from foedus_client.approval import Approval
+from foedus_client.data import survey
+from foedus_client.ledger import Ledger
+from foedus_client.store import SiteStore, StoredPlan
+from foedus_common import terminal
+from foedus_common.clock import SystemClock, iso
+from foedus_common.enrolment import decode_token
+from foedus_common.errors import LocalError
+from foedus_common.identity import fingerprint
+from foedus_common.model_folder import manifest_sha256
+from foedus_common.plan import AgreedPlan, parse_agreed_plan
+from foedus_common.randomness import system_random
+from foedus_common.terminal import console, print_facts, print_json, print_table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+model_app = typer.Typer(no_args_is_help=True, help="Base models on this machine; plans name them by their hash.")
+data_app = typer.Typer(no_args_is_help=True, help="Datasets; their rows never leave this machine.")
+app.add_typer(model_app, name="model")
+app.add_typer(data_app, name="data")
+
+CLOCK = SystemClock()
+ASK_SECONDS = 2.0
+
+
+class Administrator:
+    """What commands need of a home that exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.home = config.SiteHome.open(path)
+        self.membership = enrol.Membership(path)
+        self.store = SiteStore(self.home.database, CLOCK)
+        self.ledger = Ledger(self.store, CLOCK, sign=self.membership.key.sign)
+
+    def approval(self) -> Approval:
+        roster = self.membership.roster(CLOCK.now())
+        return Approval(self.membership.name, roster, self.home.settings.policy, self.store, self.ledger)
+
+    def plan(self, text: str) -> tuple[StoredPlan, AgreedPlan]:
+        """The plan that a person means: by run id, name, or the first digits of its digest; the newest that fits."""
+        for stored in reversed(self.store.plans()):
+            agreed = parse_agreed_plan(stored.canonical)
+            if text in (str(stored.run_id), agreed.plan.run.name) or (
+                len(text) >= 6 and stored.digest.hex().startswith(text)
+            ):
+                return stored, agreed
+        raise LocalError(f"No plan {text!r} was received here; `foedus-site plans` shows those that were.")
+
+
+@app.callback()
+def choose_home(
+    context: typer.Context,
+    home: Annotated[Path | None, typer.Option(help="Home folder; else $FOEDUS_HOME, else ./foedus-site-home.")] = None,
+) -> None:
+    context.obj = config.home_path(home, os.environ)
+
+
+# --- Joining and running ---
+
+
+@app.command()
+def join(
+    context: typer.Context,
+    token: Annotated[str, typer.Argument(help="The one token that the operator gave you.")],
+    as_json: Json = False,
+) -> None:
+    """Make this site's keys and join the federation that the token names."""
+    from foedus_client import link  # gRPC and Flower take a second to import
+
+    invitation = decode_token(token)
+    home = config.SiteHome.create(context.obj)
+    shown = threading.Event()
+
+    def call(body: bytes) -> bytes:
+        return link.enrol(invitation.enrolment_address, invitation.authority_pem, body)
+
+    def wait(public_key: bytes) -> None:
+        if not shown.is_set():
+            shown.set()
+            _show_waiting(public_key, invitation.root_public_key, as_json)
+        threading.Event().wait(ASK_SECONDS)
+
+    membership = enrol.join(home.path, invitation, call, wait, random=system_random, clock=CLOCK)
+    if as_json:
+        return print_json({"site": membership.name, "org": invitation.org, "home": str(home.path)})
+    console.print(f"This machine is the site {membership.name} of {invitation.org}. Its home is {home.path}.")
+    console.print("Next: foedus-site model add FOLDER, foedus-site data add NAME FILE, foedus-site run")
+
+
+def _show_waiting(public_key: bytes, root_public_key: bytes, as_json: bool) -> None:
+    ours, root = fingerprint(public_key), fingerprint(root_public_key)
+    if as_json:
+        return print_json({"waiting": True, "fingerprint": ours, "root": root})
+    console.print("Waiting for approval. Read these aloud to the operator, over a line you trust:\n")
+    print_facts({"    this site's key": ours, "    the consortium's root": root})
+
+
+@app.command()
+def run(context: typer.Context) -> None:
+    """Run the site's daemon until Ctrl-C."""
+    from foedus_client.daemon import log_to_stderr, serve
+
+    home = config.SiteHome.open(context.obj)
+    log_to_stderr()
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    serve(home, CLOCK, system_random, stopping)
+
+
+@app.command()
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Show who this site is and what waits for a decision."""
+    acting = Administrator(context.obj)
+    roster = acting.membership.roster(CLOCK.now())
+    facts = {
+        "site": acting.membership.name,
+        "organisation": acting.membership.token.org,
+        "fingerprint": fingerprint(acting.membership.public_key),
+        "coordinator": acting.home.settings.coordinator or acting.membership.token.link_address,
+        "certificate ends": iso(acting.membership.certificate_ends()),
+        "roster": f"epoch {roster.epoch}, {len(roster.sites)} sites, until {iso(roster.not_after)}",
+        "datasets": len(acting.store.datasets()),
+        "plans waiting": sum(plan.state == "pending" for plan in acting.store.plans()),
+    }
+    print_json(facts) if as_json else print_facts(facts)
+
+
+# --- Models and data ---
+
+
+@model_app.command("add")
+def model_add(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face model folder: safetensors and JSON only.")],
+    name: Annotated[str | None, typer.Option(help="Else the folder's name.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hash a model folder; from then on plans that name its hash can use it."""
+    acting, path = Administrator(context.obj), folder.resolve()
+    sha256 = manifest_sha256(path)
+    acting.store.add_model(name or path.name, sha256, path)
+    facts = {"name": name or path.name, "sha256": sha256, "folder": str(path)}
+    print_json(facts) if as_json else print_facts(facts)
+
+
+@model_app.command("list")
+def model_list(context: typer.Context, as_json: Json = False) -> None:
+    """Show the models that plans may name."""
+    models = Administrator(context.obj).store.models()
+    if as_json:
+        return print_json(models)
+    rows = [(model.name, model.manifest_sha256, model.path) for model in models]
+    print_table(["model", "sha256", "folder"], rows, "No models yet; `foedus-site model add FOLDER` adds one.")
+
+
+@data_app.command("add")
+def data_add(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="What plans call the dataset.")],
+    file: Annotated[Path, typer.Argument(help="CSV, TSV, JSONL or Parquet; it stays where it is.")],
+    column: Annotated[
+        list[str] | None, typer.Option(help="Which column is which: text=COLUMN, label=COLUMN. Give it twice.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every row of a file now, and open the dataset's account in the ledger."""
+    acting = Administrator(context.obj)
+    columns = _columns(column or [])
+    found = survey(file.resolve(), columns["text"], columns["label"])
+    dataset = acting.ledger.add_dataset(name, file.resolve(), columns["text"], columns["label"], found)
+    if as_json:
+        return print_json({"name": name, "rows": dataset.rows, "labels": dataset.label_counts})
+    console.print(f"{name}: {dataset.rows} rows, all of them good, with {len(dataset.label_counts)} labels.")
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    columns = {"text": "text", "label": "label"}
+    for item in given:
+        role, _, name = item.partition("=")
+        if role not in columns or not name:
+            raise LocalError(f"--column {item!r} is neither text=COLUMN nor label=COLUMN.")
+        columns[role] = name
+    return columns
+
+
+@data_app.command("list")
+def data_list(context: typer.Context, as_json: Json = False) -> None:
+    """Show the datasets and the ledger account that pays for each."""
+    datasets = Administrator(context.obj).store.datasets()
+    if as_json:
+        return print_json(datasets)
+    rows = [(each.name, each.rows, len(each.label_counts), each.account, each.path) for each in datasets]
+    print_table(["dataset", "rows", "labels", "account", "file"], rows, "No datasets yet; `foedus-site data add`.")
+
+
+# --- Plans ---
+
+
+@app.command()
+def plans(context: typer.Context, as_json: Json = False) -> None:
+    """Show the plans that arrived, what each would spend, and what stands against it."""
+    acting = Administrator(context.obj)
+    rows = [_plan_row(acting, stored) for stored in acting.store.plans()]
+    if as_json:
+        return print_json(rows)
+    print_table(
+        ["run", "plan", "state", "dataset", "epsilon", "rounds", "purpose"],
+        [(r["run"], r["name"], r["state"], r["dataset"], r["epsilon"], r["rounds"], r["purpose"]) for r in rows],
+        "No plan has arrived yet.",
+    )
+    for row in rows:
+        for reason in row["reasons"]:
+            console.print(f"{row['name']}: {reason}", style="yellow", markup=False)
+    if any(row["state"] == "pending" for row in rows):
+        console.print("Next: foedus-site approve PLAN, or foedus-site decline PLAN")
+
+
+def _plan_row(acting: Administrator, stored: StoredPlan) -> dict[str, Any]:
+    agreed = parse_agreed_plan(stored.canonical)
+    commitment = Commitment.of(agreed)
+    delta = acting.home.settings.policy.delta
+    return {
+        "run": str(stored.run_id),
+        "name": agreed.plan.run.name,
+        "purpose": agreed.plan.run.purpose,
+        "state": stored.state,
+        "decided_by": stored.decided_by,
+        "dataset": agreed.plan.data.name,
+        "epsilon": round(commitment.epsilon(delta), 4) if commitment.private else "none: no privacy",
+        "rounds": agreed.plan.rounds,
+        "digest": stored.digest.hex(),
+        "reasons": acting.approval().reasons(agreed) if stored.state == "pending" else (),
+    }
+
+
+@app.command()
+def approve(
+    context: typer.Context,
+    plan: Annotated[str, typer.Argument(help="Run number, name, or the first digits of the digest.")],
+    as_json: Json = False,
+) -> None:
+    """Take part in a plan: its whole budget is set aside in the ledger now."""
+    acting = Administrator(context.obj)
+    stored, agreed = acting.plan(plan)
+    acting.approval().approve(stored.digest, by=getpass.getuser())
+    if as_json:
+        return print_json({"run": str(stored.run_id), "state": "approved"})
+    console.print(f"{agreed.plan.run.name} is approved; the daemon takes part in it from now on.")
+
+
+@app.command()
+def decline(
+    context: typer.Context,
+    plan: Annotated[str, typer.Argument(help="Run number, name, or the first digits of the digest.")],
+    as_json: Json = False,
+) -> None:
+    """Take no part in a plan; the coordinator learns only that."""
+    acting = Administrator(context.obj)
+    stored, agreed = acting.plan(plan)
+    acting.approval().decline(stored.digest, by=getpass.getuser())
+    if as_json:
+        return print_json({"run": str(stored.run_id), "state": "declined"})
+    console.print(f"{agreed.plan.run.name} is declined.")
+
+
+# --- The ledger ---
+
+
+@app.command()
+def ledger(
+    context: typer.Context,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute the chain and check every signature.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what each dataset has spent, what is reserved, and what is left."""
+    acting = Administrator(context.obj)
+    if verify:
+        end = acting.ledger.verify(acting.membership.public_key)
+        facts = {"entries": end.number, "head": end.head.hex(), "result": "every entry is where and what it was"}
+        return print_json(facts) if as_json else print_facts(facts)
+    lines = acting.ledger.lines(acting.home.settings.policy.budget)
+    if as_json:
+        return print_json(lines)
+    print_table(
+        ["account", "datasets", "spent", "reserved", "left", "cap", "delta", "releases"],
+        [
+            (
+                line.account,
+                ", ".join(line.datasets),
+                f"{line.spent:.3f}",
+                f"{line.reserved:.3f}",
+                f"{line.left:.3f}",
+                f"{line.cap:g}",
+                f"{line.delta:g}",
+                line.releases,
+            )
+            for line in lines
+        ],
+        "No dataset has an account yet; `foedus-site data add` opens one.",
+    )
+
+
+def main() -> NoReturn:
+    terminal.run(app, "foedus-site")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`foedus-site run`: composition. The link, the ClientApp, policy, ledger and trainers of one site, put together.
+
+This process keeps the link alive and never trains: no torch here. Each run has a trainer process of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from foedus_client.app import client_app
+from foedus_client.config import SiteHome
+from foedus_client.enrol import Membership
+from foedus_client.ledger import Ledger
+from foedus_client.link import LinkState, SiteLink
+from foedus_client.round import Site, SiteRounds
+from foedus_client.store import SiteStore
+from foedus_client.trainer_process import TrainerProcess, TrainerSettings
+from foedus_common.clock import Clock
+from foedus_common.errors import LocalError
+from foedus_common.link.contents import context_of
+from foedus_common.model_folder import verify
+from foedus_common.objects import ObjectStore
+from foedus_common.plan import AgreedPlan
+from foedus_common.randomness import RandomBytes
+
+logger = logging.getLogger(__name__)
+
+
+class Daemon:
+    """One site at work. `start`, then `stop`; both may be called from any thread."""
+
+    def __init__(self, home: SiteHome, clock: Clock, random: RandomBytes) -> None:
+        """Raises LocalError when the site has not joined, or its files are damaged."""
+        self._home = home
+        membership = Membership(home.path)
+        self._store = SiteStore(home.database, clock)
+        objects = ObjectStore(home.objects)
+        self._link = SiteLink(
+            site=membership.name,
+            address=home.settings.coordinator or membership.token.link_address,
+            tls=membership.tls(),
+            objects=objects,
+            on_state=_log_state,
+            random=random,
+        )
+        site = Site(
+            member=membership,
+            policy=home.settings.policy,
+            store=self._store,
+            ledger=Ledger(self._store, clock, sign=membership.key.sign),
+            objects=objects,
+            courier=self._link,
+            open_trainer=self._open_trainer,
+            clock=clock,
+            random=random,
+        )
+        self._rounds = SiteRounds(site)
+        self.name = membership.name
+
+    def start(self) -> None:
+        self._link.start(client_app(self._rounds), context_of)
+
+    def stop(self) -> None:
+        self._rounds.stop()
+        self._link.stop()
+        self._store.close()
+
+    def _open_trainer(self, agreed: AgreedPlan) -> TrainerProcess:
+        """The run's trainer, not started yet. Raises LocalError when the plan's model or data is not here any more."""
+        settings, plan = self._home.settings, agreed.plan
+        model, dataset = self._store.model(plan.model.sha256), self._store.dataset(plan.data.name)
+        if model is None or dataset is None:
+            raise LocalError(f"The model or the dataset of run {plan.run.name} is not at this site.")
+        verify(model.path, model.manifest_sha256)
+        return TrainerProcess(
+            TrainerSettings(
+                model_folder=str(model.path),
+                dataset=str(dataset.path),
+                dataset_sha256=dataset.file_sha256,
+                text=dataset.text_column,
+                label=dataset.label_column,
+                device=settings.device,
+                dtype=settings.dtype,
+                threads=settings.threads,
+                niceness=settings.niceness,
+            ),
+            agreed,
+        )
+
+
+def serve(home: SiteHome, clock: Clock, random: RandomBytes, stopping: threading.Event) -> None:
+    """Runs the daemon until `stopping` is set. Raises LocalError when another daemon has this home."""
+    with home.daemon_lock():
+        daemon = Daemon(home, clock, random)
+        daemon.start()
+        logger.info("%s is at work", daemon.name)
+        stopping.wait()
+        daemon.stop()
+
+
+def log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", force=True)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+def _log_state(state: LinkState, sentence: str) -> None:
+    logger.log(logging.INFO if state == LinkState.CONNECTED else logging.WARNING, "%s: %s", state, sentence)

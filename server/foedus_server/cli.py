@@ -1,0 +1,407 @@
+"""`foedus`: the operator's program. Each command is a few lines around `commands`, `registry` or `service`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from foedus_common import journal, terminal
+from foedus_common.clock import SystemClock, iso
+from foedus_common.errors import LocalError
+from foedus_common.identity import fingerprint, public_pem, read_key, read_public_key
+from foedus_common.plan import read_plan
+from foedus_common.randomness import system_random
+from foedus_common.terminal import console, print_facts, print_json, print_table
+from foedus_server import config, watch
+from foedus_server.commands import Operator, as_facts, describe
+from foedus_server.registry import Registry
+from foedus_server.store import Run
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+root_app = typer.Typer(no_args_is_help=True, help="The consortium's root key, on the machine that is kept offline.")
+site_app = typer.Typer(no_args_is_help=True, help="Who belongs to the federation.")
+roster_app = typer.Typer(no_args_is_help=True, help="The list of members that the root signs.")
+model_app = typer.Typer(no_args_is_help=True, help="Base models, by the hash of their files.")
+plan_app = typer.Typer(no_args_is_help=True, help="Plans: what a run does, in numbers.")
+run_app = typer.Typer(no_args_is_help=True, help="Runs: submit, follow, stop, export, evaluate.")
+audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened here.")
+for name, group in {
+    "root": root_app,
+    "site": site_app,
+    "roster": roster_app,
+    "model": model_app,
+    "plan": plan_app,
+    "run": run_app,
+    "audit": audit_app,
+}.items():
+    app.add_typer(group, name=name)
+
+CLOCK = SystemClock()
+
+
+@app.callback()
+def choose_home(
+    context: typer.Context,
+    home: Annotated[Path | None, typer.Option(help="Home folder; else $FOEDUS_HOME, else ./foedus-home.")] = None,
+) -> None:
+    context.obj = config.home_path(home, os.environ)
+
+
+def operator(context: typer.Context) -> Operator:
+    return Operator(config.Home.open(context.obj), CLOCK, system_random)
+
+
+def registry(context: typer.Context) -> Registry:
+    acting = operator(context)
+    return Registry(acting.home, acting.store, CLOCK, system_random)
+
+
+# --- The coordinator itself ---
+
+
+@app.command()
+def init(
+    context: typer.Context,
+    federation: Annotated[str, typer.Option(help="What the federation is called.")] = "Foedus federation",
+    host: Annotated[str, typer.Option(help="Name or address under which sites reach this machine.")] = "127.0.0.1",
+    listen: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port for sites.")] = 8443,
+    enrolment_port: Annotated[int, typer.Option(help="Port for tokens.")] = 8444,
+    root_public_key: Annotated[
+        Path | None, typer.Option(help="Public half of the root key that `foedus root new` made.")
+    ] = None,
+    demonstration: Annotated[
+        bool, typer.Option("--demonstration", help="Make the root key here. For demonstrations only.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a coordinator's home: keys, certificate authority, database."""
+    if (root_public_key is None) != demonstration:
+        raise LocalError("Give --root-public-key FILE from `foedus root new`, or --demonstration, and not both.")
+    settings = config.Settings(federation, host, link=config.Link(listen, port, enrolment_port))
+    root = None if root_public_key is None else read_public_key(root_public_key)
+    home = config.init(context.obj, settings, root_public_key=root, random=system_random, clock=CLOCK)
+    facts = {"home": str(home.path), "root": fingerprint(home.root_public_key()), "demonstration": demonstration}
+    if as_json:
+        return print_json(facts)
+    print_facts(facts)
+    if demonstration:
+        console.print("Demonstration only: the root key lies on this machine, so whoever has it can add sites.")
+    console.print("Next: foedus site invite NAME --org ORGANISATION, then foedus up")
+
+
+@root_app.command("new")
+def root_new(
+    file: Annotated[Path, typer.Argument(help="Where the private key goes; FILE.pub is its public half.")],
+) -> None:
+    """Make the consortium's root key. Do it on a machine that is kept offline."""
+    public = config.create_root_key(file, system_random)
+    config.write_public_key(file.with_name(file.name + ".pub"), public)
+    print_facts({"private key": file, "public key": f"{file}.pub", "fingerprint": fingerprint(public)})
+
+
+@app.command()
+def up(context: typer.Context, as_json: Json = False) -> None:
+    """Run the coordinator until Ctrl-C, which lets messages under way finish."""
+    from foedus_server.service import Service, log_to  # gRPC and Flower take a second to import
+
+    home = config.Home.open(context.obj)
+    log_to(home.path / "coordinator.log" if as_json else None)
+    service = Service(home, CLOCK, system_random)
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    service.start()
+    where = {"link": service.link.address, "enrolment": service.link.enrol_address}
+    if as_json:
+        print_json({"ready": True, **where})
+    else:
+        print_facts({"sites connect to": where["link"], "tokens are used at": where["enrolment"]})
+        console.print("Ready. Ctrl-C drains and stops.")
+    service.serve(stopping)
+    service.stop()
+
+
+# --- Sites and the roster ---
+
+
+@site_app.command("invite")
+def site_invite(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Small letters, digits and dashes.")],
+    org: Annotated[str, typer.Option(help="The organisation that answers for the site.")],
+    as_json: Json = False,
+) -> None:
+    """Print one token for a new site: used once, within 24 hours."""
+    _show_token(registry(context).invite(name, org).encode(), name, as_json)
+
+
+@site_app.command("rotate")
+def site_rotate(context: typer.Context, name: str, as_json: Json = False) -> None:
+    """Print a token with which a member makes new keys; the old ones hold until the new ones are approved."""
+    _show_token(registry(context).rotate(name).encode(), name, as_json)
+
+
+def _show_token(token: str, name: str, as_json: bool) -> None:
+    if as_json:
+        return print_json({"site": name, "token": token})
+    console.print(f"Give this token to {name}; it is used once, within 24 hours:\n")
+    print(token)
+    console.print(f"\nThere: foedus-site join TOKEN.  Then here: foedus site approve {name}")
+
+
+@site_app.command("list")
+def site_list(context: typer.Context, as_json: Json = False) -> None:
+    """Show every site, its state and the fingerprint of its key."""
+    rows = [
+        {
+            "name": site.name,
+            "org": site.org,
+            "state": site.state,
+            "fingerprint": fingerprint(key) if (key := site.waiting_key or site.public_key) else None,
+        }
+        for site in registry(context).sites()
+    ]
+    if as_json:
+        return print_json(rows)
+    print_table(
+        ["site", "organisation", "state", "fingerprint"],
+        [list(row.values()) for row in rows],
+        "No sites yet; `foedus site invite NAME --org ORG` makes a token for one.",
+    )
+
+
+@site_app.command("approve")
+def site_approve(
+    context: typer.Context,
+    name: str,
+    fingerprint_read: Annotated[
+        str | None, typer.Option("--fingerprint", help="What the site's administrator read aloud.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Accept a site's key after comparing its fingerprint with what its administrator sees."""
+    register = registry(context)
+    key = register.site(name).waiting_key
+    if key is None:
+        raise LocalError(f"{name} has no key that waits; its administrator has to run `foedus-site join TOKEN` first.")
+    ours = fingerprint(key)
+    if fingerprint_read is None:
+        console.print(f"{name} shows this fingerprint if nobody is in between:\n\n    {ours}\n")
+        if not typer.confirm("Is it the one that the administrator reads to you?"):
+            raise LocalError(f"{name} was not approved; its token can be withdrawn by inviting it anew.")
+    elif "".join(fingerprint_read.split()) != "".join(ours.split()):
+        raise LocalError(f"The key that waits at {name} has another fingerprint; do not approve it, and find out why.")
+    register.approve(name, key)
+    if as_json:
+        return print_json({"site": name, "fingerprint": ours})
+    console.print(f"{name} is approved. Next: foedus roster sign --root-key FILE")
+
+
+@site_app.command("revoke")
+def site_revoke(context: typer.Context, name: str, as_json: Json = False) -> None:
+    """End a site's membership; its session ends at once."""
+    registry(context).revoke(name)
+    if as_json:
+        return print_json({"site": name, "state": "revoked"})
+    console.print(f"{name} is revoked. Next: foedus roster sign --root-key FILE, so that the other sites know.")
+
+
+@roster_app.command("sign")
+def roster_sign(
+    context: typer.Context,
+    root_key: Annotated[
+        Path | None, typer.Option(help="The root's private key; in a demonstration it lies in the home.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sign the list of approved sites with the root key, and give it out from now on."""
+    home = config.Home.open(context.obj)
+    key = home.root_key() if root_key is None else read_key(root_key)
+    roster = registry(context).sign_roster(key)
+    sites = [site.name for site in roster.sites]
+    if as_json:
+        return print_json({"epoch": roster.epoch, "sites": sites, "not_after": iso(roster.not_after)})
+    print_facts({"epoch": roster.epoch, "sites": ", ".join(sites), "not after": iso(roster.not_after)})
+    if home.demonstration:
+        console.print("Demonstration only: the root key was on this machine.")
+
+
+# --- Models and plans ---
+
+
+@model_app.command("add")
+def model_add(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face model folder: safetensors and JSON only.")],
+    name: Annotated[str | None, typer.Option(help="Else the folder's name.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hash a model folder and remember it under its name."""
+    model = operator(context).add_model(folder, name)
+    if as_json:
+        return print_json(model)
+    print_facts({"name": model.name, "sha256": model.manifest_sha256, "folder": model.path})
+
+
+@model_app.command("list")
+def model_list(context: typer.Context, as_json: Json = False) -> None:
+    """Show the models that plans can name."""
+    models = operator(context).store.runs.models()
+    if as_json:
+        return print_json(models)
+    rows = [(model.name, model.manifest_sha256, model.path) for model in models]
+    print_table(["model", "sha256", "folder"], rows, "No models yet; `foedus model add FOLDER` adds one.")
+
+
+@plan_app.command("new")
+def plan_new(file: Annotated[Path, typer.Argument(help="Where to write the plan.")] = Path("plan.toml")) -> None:
+    """Write a plan to start from, with a comment on every number."""
+    if file.exists():
+        raise LocalError(f"{file} exists and is not overwritten; give another name.")
+    file.write_text((Path(__file__).parent / "plan_template.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    console.print(f"{file} is written. Fill it in, then: foedus plan check {file}")
+
+
+@plan_app.command("check")
+def plan_check(context: typer.Context, plan: Path, as_json: Json = False) -> None:
+    """Check a plan whole, as `run submit` does, and say what it means. No site is asked."""
+    facts = describe(operator(context).prepare(plan).agreed)
+    if as_json:
+        return print_json(facts)
+    print_facts({key: value for key, value in facts.items() if key not in ("phases", "digest")})
+    print_table(
+        ["phase", "rounds", "numbers trained", "noise multiplier", "bytes up a round"],
+        [
+            (p["train"], p["rounds"], p["parameters"], _short(p["noise_multiplier"]), p["bytes_up_per_round"])
+            for p in facts["phases"]
+        ],
+        "",
+    )
+
+
+def _short(number: float | None) -> str:
+    return "-" if number is None else f"{number:.3g}"
+
+
+# --- Runs ---
+
+
+def _run(context: typer.Context, text: str) -> tuple[Operator, Run]:
+    acting = operator(context)
+    return acting, acting.store.runs.find(text)
+
+
+@run_app.command("submit")
+def run_submit(context: typer.Context, plan: Path, as_json: Json = False) -> None:
+    """Check a plan, sign it and put it before the sites."""
+    read_plan(plan)  # the quick mistakes first
+    run = operator(context).submit(plan)
+    if as_json:
+        return print_json({"run": str(run.run_id), "name": run.name})
+    console.print(f"Run {run.run_id} ({run.name}) is submitted; its sites' administrators decide now.")
+    console.print(f"Next: foedus run watch {run.name}")
+
+
+@run_app.command("list")
+def run_list(context: typer.Context, as_json: Json = False) -> None:
+    """Show every run, newest first."""
+    runs = operator(context).store.runs.all()
+    rows = [(run.run_id, run.name, run.state, f"{run.rounds_done}/{run.rounds}", run.reason or "") for run in runs]
+    if as_json:
+        keys = ("run", "name", "state", "rounds", "reason")
+        return print_json([dict(zip(keys, map(str, row), strict=True)) for row in rows])
+    print_table(["run", "name", "state", "rounds", "reason"], rows, "No runs yet; `foedus run submit PLAN.toml`.")
+
+
+@run_app.command("show")
+def run_show(context: typer.Context, run: str, as_json: Json = False) -> None:
+    """Show a run: state, plan in numbers, each round with its cohort, bytes and seconds."""
+    acting, found = _run(context, run)
+    if as_json:
+        return print_json(as_facts(found, acting))
+    watch.show(acting.store, found.run_id)
+
+
+@run_app.command("watch")
+def run_watch(context: typer.Context, run: str) -> None:
+    """Follow a run until it ends; Ctrl-C stops watching, not the run."""
+    acting, found = _run(context, run)
+    final = watch.follow(acting.store, found.run_id)
+    if final.state != "finished":
+        raise typer.Exit(1)
+
+
+@run_app.command("stop")
+def run_stop(context: typer.Context, run: str, as_json: Json = False) -> None:
+    """Stop a run after the message under way; its adapters stay."""
+    acting, found = _run(context, run)
+    stopped = acting.stop(found)
+    if as_json:
+        return print_json({"run": str(stopped.run_id), "state": stopped.state})
+    console.print(f"{stopped.name} is stopping.")
+
+
+@run_app.command("export")
+def run_export(
+    context: typer.Context,
+    run: str,
+    to: Annotated[Path | None, typer.Option(help="Folder to write; else RUN-adapter here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the adapter as a PEFT folder with its head, its labels and a card that says how to load it."""
+    acting, found = _run(context, run)
+    folder = to or Path(f"{found.name}-adapter")
+    acting.export(found, folder)
+    if as_json:
+        return print_json({"run": str(found.run_id), "folder": str(folder.resolve())})
+    console.print(f"The adapter of {found.name} is in {folder}; its README.md has the lines that load it.")
+
+
+@run_app.command("evaluate")
+def run_evaluate(
+    context: typer.Context,
+    run: str,
+    data: Annotated[Path, typer.Option(help="Held-out rows that the consortium owns: CSV.")],
+    text: Annotated[str, typer.Option(help="Column with the text.")] = "text",
+    label: Annotated[str, typer.Option(help="Column with the label.")] = "label",
+    every_round: Annotated[bool, typer.Option("--every-round", help="Not only the last.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy on held-out rows, in a child process."""
+    acting, found = _run(context, run)
+    results = acting.evaluate(found, data, text, label, every_round)
+    if as_json:
+        return print_json([result.as_json() for result in results])
+    rows = [
+        (result.round, f"{result.accuracy:.3f}", f"±{result.standard_error:.3f}", result.rows) for result in results
+    ]
+    print_table(["after round", "accuracy", "standard error", "rows"], rows, "")
+
+
+# --- Audit ---
+
+
+@audit_app.command("verify")
+def audit_verify(context: typer.Context, as_json: Json = False) -> None:
+    """Recompute the journal's chain; names the first bad entry."""
+    end = journal.verify(operator(context).store.database.entries())
+    facts: dict[str, Any] = {"entries": end.number, "head": end.head.hex()}
+    if as_json:
+        return print_json(facts)
+    print_facts({**facts, "result": "every entry is where and what it was"})
+
+
+def main() -> NoReturn:
+    terminal.run(app, "foedus")
+
+
+if __name__ == "__main__":
+    main()
