@@ -19,8 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from foedus_common.certificates import generate_tls_key, pem, read_certificate, read_tls_key, tls_key_pem
+from foedus_common.certificates import (
+    generate_tls_key,
+    parse_certificate,
+    pem,
+    read_certificate,
+    read_tls_key,
+    tls_key_pem,
+)
 from foedus_common.clock import Clock
 from foedus_common.enrolment import (
     MAX_REQUEST_BYTES,
@@ -84,7 +92,7 @@ def join(home: Path, token: Token, call: Call, wait: Wait, *, random: RandomByte
 
 
 class Membership:
-    """What this site is in the federation, as its folder says. Safe to share between threads.
+    """What this site is in the federation: read once from its folder, and kept up to date there. Thread-safe.
 
     token: what it joined by; key: signs what the site says in a round.
     """
@@ -100,6 +108,9 @@ class Membership:
         self._lock = threading.Lock()
         self.token: Token = _read_token(self._folder)
         self.key: Ed25519PrivateKey = read_key(self._folder / "identity.key")
+        self._tls_key = read_tls_key(self._folder / "tls.key")
+        self._certificate = read_certificate(self._folder / "tls.crt")
+        self._request = _read_request(self._folder)
 
     @property
     def name(self) -> str:
@@ -121,17 +132,18 @@ class Membership:
 
     def tls(self) -> TlsIdentity:
         """What the link shows and trusts."""
-        key = tls_key_pem(read_tls_key(self._folder / "tls.key"))
-        return TlsIdentity((self._folder / "tls.crt").read_bytes(), key, self.token.authority_pem)
+        with self._lock:
+            shown = self._certificate.public_bytes(Encoding.PEM)
+        return TlsIdentity(shown, tls_key_pem(self._tls_key), self.token.authority_pem)
 
     def certificate_ends(self) -> float:
         """Unix seconds."""
-        return read_certificate(self._folder / "tls.crt").not_valid_after_utc.timestamp()
+        with self._lock:
+            return self._certificate.not_valid_after_utc.timestamp()
 
     def roster(self, now: float) -> Roster:
         """The newest roster seen. Raises RemoteError(ROSTER_STALE) when it has expired."""
-        with self._lock:
-            return self._stored_roster(now)
+        return self._stored_roster(now)
 
     def accept_roster(self, signed: bytes, now: float) -> Roster:
         """Take a roster that the coordinator shows, and keep it if it is newer than what was seen.
@@ -140,7 +152,7 @@ class Membership:
             RemoteError: BAD_SIGNATURE, BAD_MESSAGE, ROSTER_STALE, or UNKNOWN_SITE when this site is no longer in it.
         """
         with self._lock:
-            highest = self._stored_roster(now=0).epoch
+            highest = self.roster_epoch
             roster = SignedRoster.from_bytes(signed).verify(self.token.root_public_key, now=now, highest_epoch=highest)
             if roster.epoch > highest:
                 replace_private(self._folder / "roster", signed)
@@ -155,11 +167,12 @@ class Membership:
             LocalError: the coordinator refused, or waits for a new roster.
             RemoteError: its answer does not fit, as for `join`.
         """
-        approved = _ask(call, _read_request(self._folder))
+        approved = _ask(call, self._request)
         if approved is None:
             raise LocalError("The coordinator has no valid roster with this site in it; ask the operator to sign one.")
         with self._lock:
-            _accept(self._folder, self.token, approved, clock.now(), self._stored_roster(now=0).epoch)
+            _accept(self._folder, self.token, approved, clock.now(), self.roster_epoch)
+            self._certificate = parse_certificate(approved.certificate)
 
     def _stored_roster(self, now: float) -> Roster:
         signed = read_private(self._folder / "roster", MAX_ROSTER_BYTES + SIGNATURE_BYTES)

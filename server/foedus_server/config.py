@@ -74,6 +74,10 @@ class Settings:
             raise LocalError("The federation's name must have 1 to 48 printable characters.")
         if not 0 < self.console.port < 65_536:
             raise LocalError(f"The console's port {self.console.port} is no port; use 1 to 65535.")
+        ports = [self.link.port, self.link.enrolment_port, self.console.port]
+        for port in ports:
+            if ports.count(port) > 1:
+                raise LocalError(f"The port {port} is given twice; link, enrolment and console need one each.")
         check_address(self.link_address)
         check_address(self.enrolment_address)
 
@@ -183,7 +187,7 @@ def init(
     Raises:
         LocalError: something is at `path` already.
     """
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise LocalError(f"{path} exists and is not empty; choose another home with --home.")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
