@@ -196,9 +196,10 @@ class SiteSession:
         envelope = None
         try:
             envelope = wire.parse_envelope(request)
-            self._require_addressed(state.stage, envelope.header)
+            self._require_route(envelope.header)
             if answer := _stored_answer(state.answered, envelope, request):
                 return state, (Send(wire.COORDINATOR, answer),)
+            _require_attempt(state.stage, envelope.header)
             step = _transition(state, envelope)(self, state.stage, envelope)
         except FoedusError as error:
             return self._fail(state.stage, envelope, error)
@@ -229,14 +230,17 @@ class SiteSession:
         header = replace(request, binding=binding, source=self.site, destination=wire.COORDINATOR)
         return wire.build_envelope(header, message, self.sign)
 
-    def _require_addressed(self, stage: SiteStage, header: wire.Header) -> None:
-        """The envelope comes from the coordinator, to this site, about this attempt."""
+    def _require_route(self, header: wire.Header) -> None:
         if (header.source, header.destination) != (wire.COORDINATOR, self.site):
             raise RemoteError(Reason.BAD_MESSAGE, f"a message from {header.source} to {header.destination} came here")
-        if isinstance(stage, Advertised | Shared | Masked | Agreed) and (
-            header.attempt_id != stage.config.attempt_id or header.binding != stage.ctx
-        ):
-            raise RemoteError(Reason.CONFIG_MISMATCH, "a message belongs to another attempt than the one agreed on")
+
+
+def _require_attempt(stage: SiteStage, header: wire.Header) -> None:
+    """Once a round is agreed on, every request is bound to it by ctx."""
+    if isinstance(stage, Advertised | Shared | Masked | Agreed) and (
+        header.attempt_id != stage.config.attempt_id or header.binding != stage.ctx
+    ):
+        raise RemoteError(Reason.CONFIG_MISMATCH, "a message belongs to another attempt than the one agreed on")
 
 
 # --- A0 to A1: look at the round, answer with fresh keys ---

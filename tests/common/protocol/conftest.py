@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import strategies as st
 
 from foedus_common.errors import LocalError
 from foedus_common.protocol import messages as m
@@ -49,7 +50,6 @@ class Federation:
     seed: int = 0
     layout: FieldLayout | None = None
     organisations: Mapping[str, str] = field(default_factory=dict)
-    rule: PeerRule = field(default_factory=PeerRule)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed).randbytes
@@ -100,14 +100,14 @@ class Federation:
                 site=site,
                 sign=self.keys[site].sign,
                 roster=self.roster,
-                rule=self.rule,
+                rule=PeerRule(),
                 outbox=Outbox(self.terms, ref, charged=True),
                 vectors=self.vectors,
                 random=self.random,
             )
-        self.coordinator = CoordinatorSession(self.config, self.roster, self.vectors)
         self.states: dict[str, SiteState] = {site: session.begin() for site, session in self.sessions.items()}
         self.effects: dict[str, list[Effects]] = {site: [] for site in self.names}
+        self.restart_coordinator(self.config)
 
     @property
     def ctx(self) -> bytes:
@@ -116,9 +116,11 @@ class Federation:
     def plain_sum(self, sites: Iterable[str]) -> np.ndarray:
         return sum(self.integers[site] for site in sites)
 
+    def alter_session(self, site: str, **changes: object) -> None:
+        self.sessions[site] = replace(self.sessions[site], **changes)
+
     def alter_outbox(self, site: str, **changes: object) -> None:
-        session = self.sessions[site]
-        self.sessions[site] = replace(session, outbox=replace(session.outbox, **changes))
+        self.alter_session(site, outbox=replace(self.sessions[site].outbox, **changes))
 
     def request(self, site: str, sequence: int, message: m.ToSite, **header: object) -> bytes:
         binding = self.ctx if sequence else self.terms.plan_digest
@@ -138,29 +140,72 @@ class Federation:
         self,
         silent_from: Mapping[str, int] | None = None,
         tamper: Callable[[str, int, bytes], bytes] = lambda site, sequence, answer: answer,
+        until: int = 99,
     ) -> CoordinatorState:
-        """An honest coordinator and its sites; a site in `silent_from` answers no request of that sequence or later."""
-        silent_from = silent_from or {}
-        state, effects = self.coordinator.begin()
-        while isinstance(state, Awaiting):
-            sequence = state.sequence
-            requests = [effect for effect in effects if isinstance(effect, Send)]
-            effects = ()
-            for request in requests:
-                if silent_from.get(request.destination, 99) <= sequence:
-                    continue
-                for answer in self.step(request.destination, request.envelope):
-                    if isinstance(answer, Send):
-                        arrived = Arrived(request.destination, tamper(request.destination, sequence, answer.envelope))
-                        state, more = self.coordinator.step(state, arrived)
-                        effects += more
-            if isinstance(state, Awaiting) and state.sequence == sequence:
-                state, more = self.coordinator.step(state, Deadline(sequence))
-                effects += more
-        return state
+        """Play an honest coordinator and its sites, on from where the last call stopped.
+
+        Stops before the requests of sequence `until` are delivered. A site in `silent_from` answers no request of
+        that sequence or later. `tamper` may change an answer on its way.
+        """
+        while isinstance(self.state, Awaiting) and self.state.sequence != until:
+            sequence = self.state.sequence
+            for site, request in self.requests.items():
+                if (silent_from or {}).get(site, 99) > sequence:
+                    for answer in [e for e in self.step(site, request) if isinstance(e, Send)]:
+                        self.deliver(Arrived(site, tamper(site, sequence, answer.envelope)))
+            self.deliver(Deadline(sequence))
+        return self.state
+
+    def deliver(self, event: Arrived | Deadline) -> None:
+        """One event to the honest coordinator; what it asks next is kept in `requests` and `history`."""
+        self.state, effects = self.coordinator.step(self.state, event)
+        self.coordinator_effects += [effects] if effects else []
+        self._note_requests(effects)
+
+    def _note_requests(self, effects: Effects) -> None:
+        if requests := {e.destination: e.envelope for e in effects if isinstance(e, Send)}:
+            self.requests = requests
+            self.history.append(requests)
+
+    def restart_coordinator(self, config: m.RoundConfig) -> None:
+        """From A0, with this config."""
+        self.config = config
+        self.coordinator = CoordinatorSession(config, self.roster, self.vectors)
+        self.coordinator_effects: list[Effects] = []
+        self.history: list[dict[str, bytes]] = []
+        self.state: CoordinatorState
+        self.state, effects = self.coordinator.begin()
+        self._note_requests(effects)
+
+    def reach(self, sequence: int) -> dict[str, m.ToSite]:
+        """Play honestly up to this stage; what the honest coordinator would ask each site next."""
+        self.run(until=sequence)
+        return {site: wire.parse_envelope(request).message for site, request in self.requests.items()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def federation() -> type[Federation]:
     """The class, so that a test says how many sites it wants."""
     return Federation
+
+
+@st.composite
+def _mutations(draw: st.DrawFn, data: bytes) -> bytes:
+    """A few bytes flipped, cut out, put in, or the end cut off."""
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        match draw(st.sampled_from(["flip", "cut", "insert", "truncate"])):
+            case "flip" if data:
+                data = data[:at] + bytes([data[at] ^ draw(st.integers(1, 255))]) + data[at + 1 :]
+            case "cut":
+                data = data[:at] + data[at + draw(st.integers(1, 40)) :]
+            case "insert":
+                data = data[:at] + draw(st.binary(min_size=1, max_size=8)) + data[at:]
+            case "truncate":
+                data = data[:at]
+    return data
+
+
+@pytest.fixture(scope="session")
+def mutations() -> Callable[[bytes], st.SearchStrategy[bytes]]:
+    return _mutations
