@@ -103,8 +103,9 @@ def root_new(
 ) -> None:
     """Make the consortium's root key. Do it on a machine that is kept offline."""
     public = config.create_root_key(file, system_random)
-    config.write_public_key(file.with_name(file.name + ".pub"), public)
-    print_facts({"private key": file, "public key": f"{file}.pub", "fingerprint": fingerprint(public)})
+    public_file = file.with_name(f"{file.name}.pub")
+    public_file.write_bytes(public_pem(public))
+    print_facts({"private key": file, "public key": public_file, "fingerprint": fingerprint(public)})
 
 
 @app.command()

@@ -16,14 +16,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-
-from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, get_epsilon_gaussian
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
-from dp_accounting.rdp import RdpAccountant, compute_epsilon
+from typing import TYPE_CHECKING
 
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, Part, RoundPlan, RunPlan
 from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA, accounted_multiplier
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+# dp_accounting is imported where it is called: it takes two seconds, and most commands never account.
 
 Curve = tuple[float, ...]
 
@@ -89,7 +91,7 @@ def epsilon_of_rdp(curve: Sequence[float], delta: float) -> float:
     Canonne, Kamath, Steinke 2020, proposition 12. Raises LocalError for a delta that the reserve uses up.
     """
     usable = _usable(delta)
-    return float(compute_epsilon(ORDERS, curve, usable)[0]) if any(curve) else 0.0
+    return _converted(curve, usable) if any(curve) else 0.0
 
 
 def rdp(events: Sequence[GaussianSteps]) -> Curve:
@@ -114,6 +116,8 @@ def rdp_budget(epsilon_cap: float, delta: float) -> tuple[int, float]:
 
 def gaussian_epsilon(rho: float, delta: float) -> float:
     """Epsilon at `delta` of one unsampled Gaussian whose curve is rho * order (Balle, Wang 2018, theorem 8)."""
+    from dp_accounting import get_epsilon_gaussian
+
     return float(get_epsilon_gaussian(1 / math.sqrt(2 * rho), _usable(delta))) if rho > 0 else 0.0
 
 
@@ -200,16 +204,18 @@ def _merged(events: Iterable[GaussianSteps]) -> tuple[GaussianSteps, ...]:
 def _epsilon(events: tuple[GaussianSteps, ...], delta: float, interval: float) -> float:
     if not events:
         return 0.0
-    bound = float(compute_epsilon(ORDERS, rdp(events), delta)[0])
+    bound = _converted(rdp(events), delta)
     if bound > BEYOND_PLD:
         return bound
     width = interval * max(1.0, bound / 16)
-    composed = reduce(PrivacyLossDistribution.compose, (_losses(event, width) for event in events))
+    composed = reduce(lambda all_before, one: all_before.compose(one), (_losses(event, width) for event in events))
     return max(0.0, float(composed.get_epsilon_for_delta(delta)))
 
 
 @lru_cache(maxsize=8)
 def _losses(event: GaussianSteps, interval: float) -> PrivacyLossDistribution:
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
     one = from_gaussian_mechanism(
         event.noise_multiplier, sampling_prob=event.sampling_rate, value_discretization_interval=interval
     )
@@ -218,7 +224,16 @@ def _losses(event: GaussianSteps, interval: float) -> PrivacyLossDistribution:
 
 @lru_cache(maxsize=256)
 def _rdp(event: GaussianSteps) -> Curve:
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     step = GaussianDpEvent(event.noise_multiplier)
     accountant = RdpAccountant(ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(PoissonSampledDpEvent(event.sampling_rate, step), event.steps)
     return tuple(float(value) for value in accountant.rdp)
+
+
+def _converted(curve: Sequence[float], usable_delta: float) -> float:
+    from dp_accounting.rdp import compute_epsilon
+
+    return float(compute_epsilon(ORDERS, curve, usable_delta)[0])
