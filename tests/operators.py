@@ -1,13 +1,14 @@
-"""An operator's home with its store and registry, on a clock that moves when told to; and sites that ask to join."""
+"""An operator's home with its store and registry, and sites that ask to join it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from foedus_common.certificates import generate_tls_key
-from foedus_common.clock import ManualClock
+from foedus_common.clock import Clock, ManualClock
 from foedus_common.enrolment import EnrolReply, EnrolRequest, Token, reply_from_bytes
 from foedus_common.identity import Roster, generate_key, public_bytes
 from foedus_server.config import Settings, init
@@ -16,10 +17,10 @@ from seeded import seeded
 
 
 class Operator:
-    """A demonstration's operator: the root key is at hand."""
+    """A demonstration's operator: the root key is at hand. The clock moves when told to, unless another is given."""
 
-    def __init__(self, folder: Path) -> None:
-        self.clock = ManualClock()
+    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
+        self.clock: Any = clock or ManualClock()
         self.random = seeded(folder.name)
         self.home = init(folder, Settings("Test"), root_public_key=None, random=self.random, clock=self.clock)
         self.store = self.home.store(self.clock)

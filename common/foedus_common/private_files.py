@@ -15,13 +15,14 @@ _SHARED = 0o077
 
 
 def private_folder(path: Path) -> Path:
-    """Make the folder, and those above it, with mode 0700 unless it exists.
+    """Make the folder with mode 0700, and those above it likewise, unless they exist.
 
     Raises:
         LocalError: it exists and others can look into it, or it cannot be made.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in [*reversed(path.parents), path]:  # `parents=True` would leave theirs to the umask
+            folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise LocalError(f"The folder {path} cannot be made: {error.strerror}.") from None
     _refuse_shared(path, "700")

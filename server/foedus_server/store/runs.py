@@ -173,6 +173,9 @@ class Runs:
         with self._database.writing("keep the evaluation") as connection:
             connection.execute(evaluations.delete().where(*key))
             connection.execute(insert(evaluations).values(dataclasses.asdict(evaluation)))
+            details = dataclasses.asdict(evaluation) | {"run": str(evaluation.run_id)}
+            del details["run_id"], details["at"]
+            self._database.log(connection, "run.evaluated", **details)
 
     def evaluations(self, run_id: int) -> list[Evaluation]:
         """In order of round."""
