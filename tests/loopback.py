@@ -143,7 +143,7 @@ class Federation:
         )
         server.start()
         self.address, self.enrol_address = server.address, server.enrol_address
-        self._stops.append(lambda: server.drain_and_stop(0))
+        self._stops.append(lambda: server.drain_and_stop(1.0))
         return server
 
     def site(

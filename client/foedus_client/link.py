@@ -13,7 +13,6 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -191,14 +190,12 @@ class SiteLink:
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         call = pb_grpc.LinkStub(channel).Control()
         try:
-            # The first read says why, if the call was refused before this could be written.
-            with suppress(asyncio.InvalidStateError):
-                await call.write(pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
+            # The coordinator speaks first: writing into a call that it refuses would hide its reason.
             async with asyncio.timeout(self._timing.silence):
                 if await call.read() is grpc.aio.EOF:
                     return
+            await call.write(pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
             self._waits = pauses(self._random)
-            self._tell(LinkState.CONNECTED, f"Connected to the coordinator at {self._address}.")
             # Replies for an earlier stream are not lost: the coordinator asks again, and they are kept.
             self._outgoing = asyncio.Queue()
             speaking = asyncio.create_task(self._speak(call))
@@ -216,6 +213,7 @@ class SiteLink:
                 message = await call.read()
             if message is grpc.aio.EOF:
                 return
+            self._tell(LinkState.CONNECTED, f"Connected to the coordinator at {self._address}.")
             if message.WhichOneof("part") == "request":
                 self._take(message.request)
 
@@ -349,7 +347,7 @@ _SAID_BY_COORDINATOR = {
 _HUNG_UP = "hung up: it is stopping, or its authority did not sign this site's certificate"
 _SAID_BY_GRPC = [
     ("CERTIFICATE_VERIFY_FAILED", LinkState.REFUSED, "shows a certificate that this site's authority did not sign"),
-    ("is not in peer certificate", LinkState.REFUSED, "shows a certificate for another name or address"),
+    ("Hostname Verification Check failed", LinkState.REFUSED, "shows a certificate for another name or address"),
     ("Connection refused", LinkState.AWAY, "is down: nothing listens there"),
     ("Socket closed", LinkState.AWAY, _HUNG_UP),
     (
@@ -357,7 +355,7 @@ _SAID_BY_GRPC = [
         LinkState.AWAY,
         "hung up: it is stopping, or its authority did not sign this site's certificate",
     ),
-    ("DNS", LinkState.AWAY, "cannot be found: its name does not resolve"),
+    ("address lookup failed", LinkState.AWAY, "cannot be found: its name does not resolve"),
 ]
 
 

@@ -115,8 +115,8 @@ class Transfers:
             return
         call = self._stub.Push()
         try:
-            # A call that the coordinator has ended takes no more writes; awaiting it then says why.
-            with suppress(asyncio.InvalidStateError), self._objects.path(ref).open("rb") as file:
+            # A call that the coordinator has ended takes no more writes; awaiting it says why, as well as can be.
+            with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError), self._objects.path(ref).open("rb") as file:
                 header = pb.PushHeader(object=_address(run_id, ref), offset=held.received)
                 await self._within_progress(call.write(pb.PushPart(header=header)))
                 file.seek(held.received)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from foedus_common.errors import LocalError, Reason, RemoteError
+from foedus_common.private_files import make_rename_durable, private_folder
 
 _READ_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -39,13 +40,15 @@ class ObjectRef:
 
 
 class ObjectStore:
-    """Objects as files of mode 0600 in a folder of mode 0700. Safe to use from several threads of one process."""
+    """Objects as files of mode 0600 in a folder of mode 0700. Safe to use from several threads of one process.
+
+    Raises:
+        LocalError: the folder cannot be made, or others can look into it.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._partial = folder / "partial"
-        self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        self._folder = private_folder(folder)
+        self._partial = private_folder(folder / "partial")
         self._arriving: set[ObjectRef] = set()
         self._lock = threading.Lock()
 
@@ -185,8 +188,4 @@ def _publish(file: BinaryIO | tempfile._TemporaryFileWrapper[bytes], target: Pat
     file.flush()
     os.fsync(file.fileno())
     os.replace(file.name, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    make_rename_durable(target)

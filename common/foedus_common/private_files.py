@@ -38,13 +38,13 @@ def create_private(path: Path, data: bytes) -> None:
         raise LocalError(f"{path} exists already and is not overwritten; move it away first.") from None
     finally:
         temporary.unlink()
-    _make_rename_durable(path)
+    make_rename_durable(path)
 
 
 def replace_private(path: Path, data: bytes) -> None:
     """Write a file durably, in place of an older one of that name: readers see the one or the other, whole."""
     os.replace(_written(path, data), path)
-    _make_rename_durable(path)
+    make_rename_durable(path)
 
 
 def read_private(path: Path, limit: int) -> bytes:
@@ -79,7 +79,8 @@ def _written(path: Path, data: bytes) -> Path:
     return Path(file.name)
 
 
-def _make_rename_durable(path: Path) -> None:
+def make_rename_durable(path: Path) -> None:
+    """Have the folder of a renamed file on disk: until then the rename may be undone by a power cut."""
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

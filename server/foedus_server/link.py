@@ -284,6 +284,10 @@ class SiteGrid(Grid):
         """Delete an upload that is used up, which frees the site's room under the run's cap."""
         self.files.discard(site, ref)
 
+    def clear_uploads(self) -> None:
+        """Delete all uploads of the run, also what arrived too late to be named: call it when a round is over."""
+        self.files.clear_uploads()
+
     def close(self) -> None:
         """The run is over: forget its requests, delete its uploads, allow nothing any more."""
         self._link.forget_run(self.run_id)

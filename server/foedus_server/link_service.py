@@ -155,14 +155,16 @@ class LinkService:
             self._mailbox.connect(peer.site, stream)
             logger.info("site %s connected", peer.site)
             try:
+                self._check(peer)  # a revocation since `_admit` found no stream to end
                 await _first_of(self._listen(stream, context), self._speak(stream, context), stream.ended)
             finally:
                 self._mailbox.disconnect(peer.site, stream)
-                if self._streams[peer.site] is stream:
+                if self._streams.get(peer.site) is stream:
                     del self._streams[peer.site]
                 logger.info("site %s disconnected", peer.site)
 
     async def _greet(self, context: Context) -> None:
+        await context.write(pb.FromCoordinator(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
         async with asyncio.timeout(self._timing.silence):
             first = await context.read()
         if first is grpc.aio.EOF or first.WhichOneof("part") != "hello":
@@ -173,7 +175,6 @@ class LinkService:
                 f"The coordinator speaks version {PROTOCOL_VERSION} of the link and the site version "
                 f"{first.hello.protocol_version}; install the same release on both.",
             )
-        await context.write(pb.FromCoordinator(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
 
     async def _listen(self, stream: ControlStream, context: Context) -> None:
         while True:
@@ -192,6 +193,7 @@ class LinkService:
             logger.warning("ignored a reply of site %s that nobody awaits from it", site)
 
     async def _speak(self, stream: ControlStream, context: Context) -> None:
+        await context.write(pb.FromCoordinator(heartbeat=pb.Heartbeat()))  # now the site knows that it counts
         while True:
             try:
                 async with asyncio.timeout(self._timing.heartbeat):
@@ -299,7 +301,7 @@ class EnrolmentService:
 class RateLimit:
     """Token bucket for each address: `burst` attempts at once, then one every `seconds`. Remembers 1024 addresses."""
 
-    def __init__(self, clock: Clock, burst: int = 10, seconds: float = 6.0) -> None:
+    def __init__(self, clock: Clock, burst: int = 60, seconds: float = 1.0) -> None:
         self._clock = clock
         self._burst = burst
         self._seconds = seconds

@@ -163,9 +163,14 @@ class RunFiles:
             return site in self._uploads
 
     def received(self, site: str, ref: ObjectRef) -> tuple[int, bool]:
-        """How many bytes of the site's upload are here, and whether it is whole and checked."""
+        """How many bytes of the site's upload are here, and whether it is whole and checked.
+
+        Raises:
+            RemoteError: BAD_MESSAGE when the site would hold more than the run's cap.
+        """
         with self._lock:
-            return self._uploads[site].received(ref), self._uploads[site].has(ref)
+            store = self._store_with_room(site, ref)
+            return store.received(ref), store.has(ref)
 
     def receive(self, site: str, ref: ObjectRef) -> Partial:
         """Take in an upload.
@@ -175,12 +180,7 @@ class RunFiles:
             LocalError: the same object is arriving already.
         """
         with self._lock:
-            store = self._uploads[site]
-            if store.claimed_bytes(ref) > self._max_upload_bytes:
-                raise RemoteError(
-                    Reason.BAD_MESSAGE, f"uploads are capped at {self._max_upload_bytes} bytes a site in this run."
-                )
-            return store.receive(ref)
+            return self._store_with_room(site, ref).receive(ref)
 
     def upload(self, site: str, ref: ObjectRef) -> Path:
         """Where the object is that `site` uploaded.
@@ -199,9 +199,24 @@ class RunFiles:
             if site in self._uploads:
                 self._uploads[site].delete(ref)
 
+    def clear_uploads(self) -> None:
+        """Delete every upload of the run, whole or not."""
+        with self._lock:
+            for site in self._uploads:
+                shutil.rmtree(self._folder / site, ignore_errors=True)
+                self._uploads[site] = ObjectStore(self._folder / site)
+
     def close(self) -> None:
-        """Delete every upload of the run."""
+        """Delete every upload of the run, and let nobody move anything any more."""
         with self._lock:
             self._readers.clear()
             self._uploads.clear()
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _store_with_room(self, site: str, ref: ObjectRef) -> ObjectStore:
+        store = self._uploads[site]
+        if store.claimed_bytes(ref) > self._max_upload_bytes:
+            raise RemoteError(
+                Reason.BAD_MESSAGE, f"uploads are capped at {self._max_upload_bytes} bytes a site in this run."
+            )
+        return store

@@ -62,14 +62,15 @@ class LinkServicer:
     """
 
     def Control(self, request_iterator, context):
-        """One per site, for as long as the site runs: requests one way, replies the other, heartbeats both ways.
+        """One per site, for as long as the site runs: requests one way, replies the other, heartbeats both ways. The
+        coordinator says hello first, which means that the site is admitted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stat(self, request, context):
-        """How much of an upload the coordinator holds already.
+        """How much of an upload the coordinator holds already; refused if it would not take the rest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
