@@ -56,6 +56,10 @@ def test_a_flipped_bit_is_named(position: int, data: st.DataObject) -> None:
     assert broken_at(bad) == position + 1
 
 
+def test_a_number_that_was_altered_is_named() -> None:
+    assert broken_at([*LOG[:2], replace(LOG[2], number=7), *LOG[3:]]) == 3
+
+
 @given(st.integers(0, 4))
 def test_a_dropped_entry_is_named(position: int) -> None:
     assert broken_at(LOG[:position] + LOG[position + 1 :]) == position + 1

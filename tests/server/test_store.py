@@ -166,6 +166,9 @@ def test_a_certificate_of_a_key_that_lost_its_approval_is_not_accepted(store: St
     assert not members.add_certificate(replace(certificate, site="south"), b"k" * 32)
     assert members.add_certificate(certificate, b"k" * 32)
     assert members.certificates() == [certificate]
+    members.revoke("north")
+    assert members.certificates() == []
+    assert not members.add_certificate(replace(certificate, sha256=b"C" * 32), b"k" * 32)
 
 
 def test_one_token_binds_one_of_many_that_come_at_once(store: Store) -> None:

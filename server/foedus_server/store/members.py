@@ -123,14 +123,9 @@ class Members:
             return True
 
     def certificates(self) -> list[Certificate]:
-        """Those of approved sites that were not ended, the longest valid first."""
+        """Those that were not ended by a new approval or a revocation, the longest valid first."""
         columns = [certificates.c[column.name] for column in dataclasses.fields(Certificate)]
-        query = (
-            select(*columns)
-            .join(sites, sites.c.name == certificates.c.site)
-            .where(sites.c.state == "approved", certificates.c.retired_at.is_(None))
-            .order_by(certificates.c.not_after.desc())
-        )
+        query = select(*columns).where(certificates.c.retired_at.is_(None)).order_by(certificates.c.not_after.desc())
         with self._database.reading() as connection:
             return [Certificate(**row._mapping) for row in connection.execute(query)]
 
