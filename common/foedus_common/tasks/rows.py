@@ -1,6 +1,6 @@
 """Rows of text as token ids, in batches whose padding never depends on which other rows are in the batch.
 
-A row is padded to a multiple of eight tokens of its own length. So what is computed for it does not change when another
+A row is padded to a multiple of four tokens of its own length. So what is computed for it does not change when another
 row joins or leaves the data (which the privacy proof supposes), and little is spent on padding.
 """
 
@@ -22,7 +22,7 @@ from foedus_common.plan import Task
 TOKENS_PER_BATCH = 2048
 """How many tokens go through the encoder at once: enough to keep a core busy, few enough to stay in its cache."""
 
-_MULTIPLE = 8
+_MULTIPLE = 4
 
 
 @dataclass
