@@ -62,7 +62,8 @@ class LinkState(StrEnum):
 class SiteLink:
     """Keeps the site named `site` connected to its coordinator. All methods may be called from any thread.
 
-    `on_state(state, sentence)` is called from the link's thread at every change; the sentence is for a person.
+    `on_state(state, sentence)` is called from the link's thread at every change, and must neither block nor raise;
+    the sentence is for a person.
     A transfer gives up when nothing has moved for `patience` seconds; larger objects than `max_object_bytes` are
     not downloaded.
     """
@@ -171,10 +172,11 @@ class SiteLink:
 
     async def _stay_connected(self) -> None:
         self._tell(LinkState.CONNECTING, f"Connecting to the coordinator at {self._address}.")
-        self._waits = pauses(self._random)
+        loop, waits = asyncio.get_running_loop(), pauses(self._random)
         while True:
+            began = loop.time()
             try:
-                # A new channel each time: gRPC's own would wait for up to two minutes between attempts.
+                # A new channel each time makes every try a real one: an old one has a back-off of its own.
                 async with self._channel() as channel:
                     await self._converse(channel)
                 self._tell(LinkState.AWAY, f"The coordinator at {self._address} is stopping; waiting for it.")
@@ -185,7 +187,9 @@ class SiteLink:
             except Exception as error:
                 logger.error("the stream to the coordinator broke: %s", type(error).__name__)
                 self._tell(LinkState.AWAY, f"The stream to {self._address} broke; trying again.")
-            await asyncio.sleep(next(self._waits))
+            if loop.time() - began > self._timing.silence:  # it worked; two daemons that oust each other slow down
+                waits = pauses(self._random)
+            await asyncio.sleep(next(waits))
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         call = pb_grpc.LinkStub(channel).Control()
@@ -195,7 +199,6 @@ class SiteLink:
                 if await call.read() is grpc.aio.EOF:
                     return
             await call.write(pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
-            self._waits = pauses(self._random)
             # Replies for an earlier stream are not lost: the coordinator asks again, and they are kept.
             self._outgoing = asyncio.Queue()
             speaking = asyncio.create_task(self._speak(call))
@@ -338,6 +341,7 @@ def enrol(address: str, authority: bytes, body: bytes) -> bytes:
 
 
 _SAID_BY_COORDINATOR = {
+    grpc.StatusCode.ABORTED,
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.INVALID_ARGUMENT,

@@ -45,6 +45,9 @@ SITE_FAILED = 1
 class LinkStopping(LocalError):
     """The coordinator is going down in good order: a run's thread ends on it, and continues after the next start."""
 
+    def __init__(self) -> None:
+        super().__init__("The coordinator is stopping; the run goes on after the next start.")
+
 
 class LinkServer:
     """Listens for sites and for enrolment. All methods may be called from any thread.
@@ -75,6 +78,7 @@ class LinkServer:
         self.mailbox = Mailbox(self.clock)
         self._tls = tls
         self._uploads = uploads
+        self._stopped = False
         self._grids: dict[int, SiteGrid] = {}
         self._files: dict[int, RunFiles] = {}
         self._service = LinkService(directory, self.mailbox, objects, self._files, timing)
@@ -94,6 +98,7 @@ class LinkServer:
 
         Transfers under way get `grace` seconds to end.
         """
+        self._stopped = True
         for grid in list(self._grids.values()):
             grid.stop()
         on_loop(self._close(grace)).result()
@@ -102,8 +107,11 @@ class LinkServer:
         """The grid of one run, until it is closed; each site may hold `max_upload_bytes` of uploads in it at a time.
 
         Raises:
+            LinkStopping: see there.
             LocalError: the run has a grid already.
         """
+        if self._stopped:
+            raise LinkStopping
         grid = SiteGrid(run_id, self, RunFiles(self._uploads / str(run_id), max_upload_bytes))
         self.mailbox.watch(run_id, grid.changed.set)
         self._grids[run_id] = grid
@@ -349,7 +357,7 @@ class SiteGrid(Grid):
 
     def _check_running(self) -> None:
         if self._stopped:
-            raise LinkStopping("The coordinator is stopping; the run goes on after the next start.")
+            raise LinkStopping
 
 
 def content_of(body: bytes) -> RecordDict:

@@ -19,7 +19,7 @@ import grpc
 import grpc.aio
 
 from foedus_common.clock import Clock
-from foedus_common.errors import FoedusError, LocalError, RemoteError
+from foedus_common.errors import LocalError, RemoteError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, SITE_URI, Timing
 from foedus_common.objects import ObjectRef, ObjectStore
@@ -91,6 +91,10 @@ async def _refusals(context: Context) -> AsyncIterator[None]:
         await context.abort(grpc.StatusCode.ABORTED, str(error))
     except TimeoutError:
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "The site fell silent.")
+    except Exception:
+        # gRPC would send the exception's own text, which is nobody else's business.
+        logger.exception("a call failed")
+        await context.abort(grpc.StatusCode.INTERNAL, "The coordinator failed; its log says why.")
 
 
 class ControlStream:
@@ -190,7 +194,7 @@ class LinkService:
         if len(reply.body) > MAX_BODY:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"A reply's body is above {MAX_BODY} bytes.")
         if not self._mailbox.answer(site, reply):
-            logger.warning("ignored a reply of site %s that nobody awaits from it", site)
+            logger.info("ignored a reply of site %s that nobody awaits from it", site)
 
     async def _speak(self, stream: ControlStream, context: Context) -> None:
         await context.write(pb.FromCoordinator(heartbeat=pb.Heartbeat()))  # now the site knows that it counts
@@ -222,9 +226,11 @@ class LinkService:
                 if await asyncio.to_thread(partial.resume) != header.offset:
                     raise Refusal(grpc.StatusCode.ABORTED, "The upload goes on from another offset.")
                 while partial.offset < ref.size:
-                    part = await self._next_part(context)
+                    chunk = (await self._next_part(context)).chunk
                     self._check(peer)
-                    await asyncio.to_thread(partial.append, part.chunk)
+                    if not chunk:
+                        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "An empty chunk moves nothing.")
+                    await asyncio.to_thread(partial.append, chunk)
                 await asyncio.to_thread(partial.finish)
             return pb.PushReply()
 
@@ -290,12 +296,10 @@ class EnrolmentService:
         self._limit = limit
 
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:  # noqa: N802
-        if not self._limit.allows(context.peer().rpartition(":")[0]):
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many attempts; try again in a minute.")
-        try:
+        async with _refusals(context):
+            if not self._limit.allows(context.peer().rpartition(":")[0]):
+                raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many attempts; try again in a minute.")
             return pb.EnrolReply(body=await asyncio.to_thread(self._enrol, request.body))
-        except FoedusError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
 
 class RateLimit:

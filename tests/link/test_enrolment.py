@@ -55,8 +55,12 @@ def test_a_fault_of_the_coordinator_tells_a_stranger_nothing(federation: Federat
 
     federation.enrol = fail
     federation.coordinator()
-    with pytest.raises(LocalError) as told:
-        enrol(federation.enrol_address, federation.authority.certificate, b"")
+    credentials = grpc.ssl_channel_credentials(federation.authority.certificate)
+    with (
+        grpc.secure_channel(federation.enrol_address, credentials) as channel,
+        pytest.raises(grpc.RpcError, match="its log says why") as told,
+    ):
+        pb_grpc.EnrolmentStub(channel).Enrol(pb.EnrolRequest())
     assert "hunter2" not in str(told.value)
 
 

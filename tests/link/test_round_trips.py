@@ -190,6 +190,8 @@ def test_a_stop_wakes_the_run_and_is_quick(federation: Federation) -> None:
     assert woken == ["The coordinator is stopping; the run goes on after the next start."]
     with pytest.raises(LinkStopping):
         grid.push_messages([grid.message("alpha", "query.keys", b"", ttl=1)])
+    with pytest.raises(LinkStopping):
+        server.grid(RUN + 1, 0)
     server.drain_and_stop(1.0)
 
 

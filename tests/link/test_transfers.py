@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -162,6 +163,24 @@ def test_an_upload_that_lies_is_refused(
     # Nothing of it blocks the honest upload.
     stub.Push(upload(ref_of(DATA), DATA))
     assert grid.upload("alpha", ref_of(DATA)).read_bytes() == DATA
+
+
+def test_parts_that_move_nothing_do_not_hold_a_stream_open(federation: Federation) -> None:
+    run_with(federation.coordinator(), "alpha")
+    stub = federation.stub(federation.tls_of("alpha"))
+    header = pb.PushPart(header=pb.PushHeader(object=address(ref_of(DATA))))
+    for idle in (pb.PushPart(), pb.PushPart(chunk=b""), header):
+        with pytest.raises(grpc.RpcError, match="moves nothing"):
+            stub.Push(iter([header, idle]))
+
+
+def test_a_fault_of_the_coordinator_tells_a_site_nothing(federation: Federation) -> None:
+    grid = run_with(federation.coordinator(), "alpha")
+    shutil.rmtree(federation.folder / "coordinator" / "uploads")
+    with pytest.raises(grpc.RpcError, match="its log says why") as told:
+        federation.stub(federation.tls_of("alpha")).Stat(address(ref_of(DATA)))
+    assert str(federation.folder) not in str(told.value)
+    grid.close()
 
 
 def test_a_malformed_digest_reaches_no_file(federation: Federation) -> None:

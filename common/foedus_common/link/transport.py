@@ -68,6 +68,9 @@ CHANNEL_OPTIONS = [
     # Channels share connections, and their back-off, unless told not to: ours come back on our own schedule,
     # and bulk transfers do not queue in front of heartbeats.
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
 ]
 
