@@ -1,0 +1,127 @@
+"""A site's home: strict settings, private files, one daemon.
+
+A failure means that a typing mistake in the policy goes unnoticed, or that two daemons share one ledger's home.
+"""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from foedus_client.config import SiteHome, SiteSettings, home_path
+from foedus_client.policy import SitePolicy
+from foedus_common.errors import LocalError
+
+HOLD = """
+import sys
+from pathlib import Path
+from foedus_client.config import SiteHome
+
+with SiteHome.open(Path(sys.argv[1])).daemon_lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_home_is_named_by_option_environment_or_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert home_path(Path("/a"), {"FOEDUS_HOME": "/b"}) == Path("/a")
+    assert home_path(None, {"FOEDUS_HOME": "/b"}) == Path("/b")
+    assert home_path(None, {}) == tmp_path / "foedus-site-home"
+
+
+def test_a_new_home_is_private_and_has_the_safe_settings(tmp_path: Path) -> None:
+    home = SiteHome.create(tmp_path / "home")
+    assert home.settings == SiteSettings()
+    assert stat.S_IMODE(home.path.stat().st_mode) == 0o700
+    assert stat.S_IMODE((home.path / "site.toml").stat().st_mode) == 0o600
+    assert home.database.parent == home.objects.parent == home.path
+
+
+def test_settings_read_back_as_they_were_written(tmp_path: Path) -> None:
+    policy = SitePolicy(
+        max_epsilon_per_run=3.0,
+        delta=1e-6,
+        min_sites=4,
+        must_include=('North "Clinic"', "Süd"),
+        base_models=("a" * 64,),
+        max_rank=8,
+        require_approval=False,
+        allow_without_privacy=True,
+    )
+    settings = SiteSettings("[::1]:8443", "cuda:1", "bfloat16", 4, 10, policy)
+    assert SiteHome.create(tmp_path / "home", settings).settings == settings
+
+
+def test_making_a_home_again_keeps_what_people_wrote(tmp_path: Path) -> None:
+    home = SiteHome.create(tmp_path / "home")
+    (home.path / "site.toml").write_text("[policy]\nmax_rank = 2\n")
+    assert SiteHome.create(home.path).settings == SiteSettings(policy=SitePolicy(max_rank=2))
+
+
+@pytest.mark.parametrize(
+    ("toml", "sentence"),
+    [
+        ("[policy]\nmax_epsilon_per_rum = 3\n", "did you mean 'max_epsilon_per_run'"),
+        ("[polici]\n", "did you mean 'policy'"),
+        ('[policy]\nmin_sites = "three"\n', "must be a whole number"),
+        ("[policy]\nmin_sites = 2\n", "min_sites must be 3 or more"),
+        ('device = "gpu"\n', "none of"),
+        ('device = "cuda:x"\n', "none of"),
+        ('dtype = "float16"\n', "must be one of"),
+        ('coordinator = "here"\n', "write host:port"),
+        ("threads = -1\n", "threads"),
+        ("niceness = 20\n", "niceness"),
+        ("device = ", "not valid TOML"),
+    ],
+)
+def test_a_mistake_in_the_settings_gets_one_sentence(tmp_path: Path, toml: str, sentence: str) -> None:
+    home = SiteHome.create(tmp_path / "home")
+    (home.path / "site.toml").write_text(toml)
+    with pytest.raises(LocalError, match=sentence):
+        SiteHome.open(home.path)
+
+
+def test_a_home_that_is_not_there_or_not_private_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LocalError, match=r"no site home at .*foedus-site join"):
+        SiteHome.open(tmp_path / "home")
+    home = SiteHome.create(tmp_path / "home")
+    home.path.chmod(0o755)
+    with pytest.raises(LocalError, match="chmod 700"):
+        SiteHome.open(home.path)
+
+
+def test_two_daemons_on_one_home_are_refused(tmp_path: Path) -> None:
+    home = SiteHome.create(tmp_path / "home")
+    other = SiteHome.create(tmp_path / "other")
+
+    def enter() -> None:
+        with home.daemon_lock():
+            pass
+
+    with home.daemon_lock(), other.daemon_lock(), pytest.raises(LocalError, match=r"running on .* already"):
+        enter()
+    enter()
+
+
+def test_a_daemon_that_was_killed_holds_no_lock(tmp_path: Path) -> None:
+    home = SiteHome.create(tmp_path / "home")
+
+    def enter() -> None:
+        with home.daemon_lock():
+            pass
+
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(home.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as daemon:
+        assert daemon.stdout is not None
+        assert daemon.stdout.readline() == b"held\n"
+        with pytest.raises(LocalError, match="already"):
+            enter()
+        daemon.kill()
+        daemon.wait()
+    enter()
