@@ -181,8 +181,8 @@ class Membership:
 
 def _prepare(folder: Path, token: Token, random: RandomBytes, clock: Clock) -> EnrolRequest:
     """Keys, once; and the request for this token, once: the coordinator knows only the same bytes again."""
-    if (folder / "request").exists() and _read_token(folder) == token:
-        return _read_request(folder)
+    if (folder / "request").exists() and (request := _read_request(folder)).secret == token.secret:
+        return request
     check_expiry(token, clock.now())
     private_folder(folder)
     if not (folder / "identity.key").exists():
@@ -190,9 +190,8 @@ def _prepare(folder: Path, token: Token, random: RandomBytes, clock: Clock) -> E
     if not (folder / "tls.key").exists():
         create_private(folder / "tls.key", tls_key_pem(generate_tls_key(random)))
     request = EnrolRequest.make(token, read_key(folder / "identity.key"), read_tls_key(folder / "tls.key"))
-    (folder / "request").unlink(missing_ok=True)
     replace_private(folder / "token", token.encode().encode())
-    replace_private(folder / "request", request.to_bytes())
+    replace_private(folder / "request", request.to_bytes())  # last: where it is, everything is
     return request
 
 

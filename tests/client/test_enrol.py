@@ -15,6 +15,7 @@ from foedus_common.certificates import DAY, fingerprint_of
 from foedus_common.enrolment import Refused, Token, reply_to_bytes
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import Roster, RosterSite, SignedRoster, generate_key
+from foedus_common.private_files import replace_private
 from foedus_server.registry import ApprovedSites
 from operators import Operator
 from seeded import seeded
@@ -116,8 +117,8 @@ def test_a_site_that_stopped_waiting_goes_on_with_the_same_keys(operator: Operat
     assert joined(operator, home, token).public_key == waiting_key
 
 
-@pytest.mark.parametrize("lost", ["request", "token", "tls.key"])
-def test_a_join_that_was_cut_before_it_asked_is_made_whole(operator: Operator, home: Path, lost: str) -> None:
+@pytest.mark.parametrize("lost", [["request"], ["request", "token"], ["request", "token", "tls.key"]])
+def test_a_join_that_was_cut_before_it_asked_is_made_whole(operator: Operator, home: Path, lost: list[str]) -> None:
     token = operator.registry.invite("north", "Nordklinik")
 
     def cut(_: bytes) -> bytes:
@@ -125,9 +126,16 @@ def test_a_join_that_was_cut_before_it_asked_is_made_whole(operator: Operator, h
 
     with pytest.raises(GaveUpError):
         join(home, token, cut, give_up, random=operator.random, clock=operator.clock)
-    (home / "joining" / "request").unlink()
-    (home / "joining" / lost).unlink(missing_ok=True)
+    for name in lost:
+        (home / "joining" / name).unlink()
     assert joined(operator, home, token).name == "north"
+
+
+def test_a_join_that_was_cut_while_it_took_a_new_token_is_made_whole(operator: Operator, home: Path) -> None:
+    started(operator, home, operator.registry.invite("north", "Nordklinik"))
+    token = operator.registry.invite("north", "Nordklinik")
+    replace_private(home / "joining" / "token", token.encode().encode())  # and the request is still the first one's
+    assert joined(operator, home, token).token == token
 
 
 def test_a_site_that_has_not_joined_says_so(home: Path) -> None:
