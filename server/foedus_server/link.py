@@ -219,7 +219,7 @@ class SiteGrid(Grid):
         return [_reply_message(reply, self._requests.pop(reply.id)) for reply in self._link.mailbox.take(message_ids)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push, and wait for all replies or until the time is up; then the missing ones are forgotten."""
+        """Push, and wait for all replies, at most `timeout` seconds (None: a day); the missing ones are forgotten."""
         waiting = set(self.push_messages(messages))
         deadline = self._link.clock.monotonic() + (DAY if timeout is None else timeout)
         replies: list[Message] = []
