@@ -67,7 +67,7 @@ class Ledger:
             dataset = Dataset(
                 name=name,
                 account=self._account_for(name, survey),
-                path=path,
+                path=path.absolute(),
                 text_column=text,
                 label_column=label,
                 file_sha256=survey.file_sha256,

@@ -42,8 +42,8 @@ class SitePolicy:
     def __post_init__(self) -> None:
         if not (0 < self.max_epsilon_per_run < math.inf and 0 < self.max_epsilon_lifetime < math.inf):
             raise LocalError("[policy] max_epsilon_per_run and max_epsilon_lifetime must be above 0.")
-        if not 1e-11 <= self.delta <= 1e-3:
-            raise LocalError("[policy] delta must be between 1e-11 and 0.001.")
+        if not 1e-9 <= self.delta <= 1e-3:
+            raise LocalError("[policy] delta must be between 1e-9 and 0.001.")
         if self.min_sites < 3:
             raise LocalError("[policy] min_sites must be 3 or more: the sum of two sites reveals the other one.")
         if self.max_rank < 1:

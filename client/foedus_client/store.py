@@ -231,13 +231,15 @@ class SiteStore:
         with self.transaction("add model"):
             known = self.model(manifest_sha256)
             if known and known.name == name:
-                self._db.execute("UPDATE models SET path = ? WHERE name = ?", (str(path), name))
+                self._db.execute("UPDATE models SET path = ? WHERE name = ?", (str(path.absolute()), name))
                 return
             if known:
                 raise LocalError(f"This model was added already, as {known.name!r}.")
             if self._first("SELECT 1 FROM models WHERE name = ?", name):
                 raise LocalError(f"Another model has the name {name!r}; choose another name.")
-            self._db.execute("INSERT INTO models VALUES (?, ?, ?, ?)", (manifest_sha256, name, str(path), self._now()))
+            self._db.execute(
+                "INSERT INTO models VALUES (?, ?, ?, ?)", (manifest_sha256, name, str(path.absolute()), self._now())
+            )
 
     def models(self) -> list[StoredModel]:
         return [_model(row) for row in self._all("SELECT * FROM models ORDER BY name")]

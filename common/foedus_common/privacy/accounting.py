@@ -212,14 +212,17 @@ def _epsilon(events: tuple[GaussianSteps, ...], delta: float, interval: float) -
     return max(0.0, float(composed.get_epsilon_for_delta(delta)))
 
 
-@lru_cache(maxsize=8)
-def _losses(event: GaussianSteps, interval: float) -> PrivacyLossDistribution:
+def _losses(event: GaussianSteps, width: float) -> PrivacyLossDistribution:
+    step = _losses_of_step(event.noise_multiplier, event.sampling_rate, width)
+    return step.self_compose(event.steps) if event.steps > 1 else step
+
+
+@lru_cache(maxsize=4)
+def _losses_of_step(noise_multiplier: float, sampling_rate: float, width: float) -> PrivacyLossDistribution:
+    """Kept, for it takes longer than composing it, and a ledger asks for the same step again and again."""
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
-    one = from_gaussian_mechanism(
-        event.noise_multiplier, sampling_prob=event.sampling_rate, value_discretization_interval=interval
-    )
-    return one.self_compose(event.steps) if event.steps > 1 else one
+    return from_gaussian_mechanism(noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=width)
 
 
 @lru_cache(maxsize=256)

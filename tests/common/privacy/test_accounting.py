@@ -173,7 +173,7 @@ def test_calibration_gives_each_phase_its_share_of_rho() -> None:
 
 def test_calibration_of_the_plan_in_the_documents_takes_less_than_three_seconds() -> None:
     accounting._epsilon.cache_clear()
-    accounting._losses.cache_clear()
+    accounting._losses_of_step.cache_clear()
     start = time.process_time()
     calibrate(run_plan(), (7720, 16936))
     assert time.process_time() - start < 3
