@@ -15,6 +15,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -223,7 +224,8 @@ def icd10(
     """Descriptions of ICD-10-CM codes, labelled with their chapter: the `classes` largest chapters.
 
     Only codes without finer ones below are used. The three parts hold different 3-character categories (the group of a
-    row), since the codes of one category differ by a word or two. Each part is capped per class as evenly as it can be.
+    row), since the codes of one category differ by a word or two. Each part is capped per class as evenly as it can be,
+    and within a class per category.
     """
     tabular = fetch(ICD10, cache, say) / PurePosixPath(ICD10.members[0]).name
     rows = list(_read_icd10(tabular))
@@ -252,37 +254,41 @@ def split(
 ) -> Corpus:
     """Train, validation and held-out parts of about `sizes` rows: no group in two parts, each capped per class.
 
-    Within a class the groups, in random order, fill each part up to its share of the class; then rows are drawn. A part
-    is smaller than asked only when the classes together hold fewer rows.
+    The groups of each class are dealt to the parts in proportion to the sizes; then rows are drawn, from each group in
+    turn. A part is smaller than asked only when what was dealt to it holds fewer rows.
     """
-    parts: list[list[Row]] = [[], [], []]
+    parts: tuple[list[Row], ...] = ([], [], [])
     for label in labels:
         groups: dict[str, list[Row]] = {}
         for row in rows:
             if row.label == label:
                 groups.setdefault(row.group, []).append(row)
-        names = list(groups)
-        total = sum(map(len, groups.values()))
-        wanted = [total * size / sum(sizes) for size in sizes]
-        filled = [0, 0, 0]
-        for index in random.permutation(len(names)):
-            group = groups[names[index]]
-            part = max(range(3), key=lambda p: (wanted[p] - filled[p]) / wanted[p])  # the emptiest, relatively
-            parts[part] += group
-            filled[part] += len(group)
+        names = random.permutation(list(groups))
+        cuts = np.round(np.cumsum(sizes[:2]) / sum(sizes) * len(names)).astype(int)
+        for part, dealt in zip(parts, np.split(names, cuts), strict=True):
+            part += [row for name in dealt for row in groups[name]]
     train, validation, held_out = (_capped(part, labels, size, random) for part, size in zip(parts, sizes, strict=True))
     return Corpus(labels, train, validation, held_out)
 
 
 def _capped(rows: Sequence[Row], labels: tuple[str, ...], size: int, random: np.random.Generator) -> tuple[Row, ...]:
     """`size` rows drawn so that the classes are as even as their counts allow, in random order."""
-    by_label = {label: [row for row in rows if row.label == label] for label in labels}
+    by_label = {label: _group_by_group([row for row in rows if row.label == label], random) for label in labels}
     drawn: list[Row] = []
     for done, label in enumerate(sorted(labels, key=lambda label: len(by_label[label]))):
         quota = (size - len(drawn)) // (len(labels) - done)  # what small classes leave goes to the larger ones
-        chosen = random.permutation(len(by_label[label]))[:quota]
-        drawn += [by_label[label][index] for index in chosen]
+        drawn += by_label[label][:quota]
     return tuple(drawn[index] for index in random.permutation(len(drawn)))
+
+
+def _group_by_group(rows: Sequence[Row], random: np.random.Generator) -> list[Row]:
+    """The rows in random order, but a first one of every group before a second one of any: no group fills a class."""
+    turn: Counter[str] = Counter()
+    taken: list[tuple[int, Row]] = []
+    for index in random.permutation(len(rows)):
+        taken.append((turn[rows[index].group], rows[index]))
+        turn[rows[index].group] += 1
+    return [row for _, row in sorted(taken, key=lambda item: item[0])]
 
 
 # German credit (Statlog, UCI, 1994): 1,000 loans, written out as sentences

@@ -75,8 +75,13 @@ class Party:
             self.command(*arguments), env=self._environment, capture_output=True, text=True, timeout=600, check=False
         )
 
+    def show(self, *arguments: str) -> int:
+        """Runs one command on this terminal, in its colours, to its end; gives its exit code."""
+        environment = {key: value for key, value in self._environment.items() if key != "NO_COLOR"}
+        return subprocess.run(self.command(*arguments), env=environment, check=False).returncode
+
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Starts a command in the background; its output goes to logs/NAME.log in the home folder."""
+        """Starts a command in the background; its output goes to `log(name)`, beside the home folder."""
         log = self.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -90,7 +95,7 @@ class Party:
         return self._running[name]
 
     def log(self, name: str) -> Path:
-        return self.home / "logs" / f"{name}.log"
+        return self.home.parent / "logs" / f"{self.home.name}-{name}.log"
 
     def await_line(self, name: str, text: str, seconds: float = 60) -> None:
         """Waits until the background command NAME has printed `text`; raises LocalError if it ends before."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from foedus_simulations import charts
 from foedus_simulations.charts import Level, Mark, Series
-from foedus_simulations.reports import DemoReport, duration, listed, mean_bytes_up, percent, size
+from foedus_simulations.reports import DemoReport, duration, listed, mean_bytes_up, percent, size, tiny
 
 WIDE, HALF = 760, 370
 
@@ -78,6 +78,7 @@ footer { margin-top: 2.5rem; padding-top: .9rem; border-top: 1px solid var(--rul
 @media (max-width: 40rem) { main { padding-top: 2rem; } h1 { font-size: 1.65rem; }
   .figures { grid-template-columns: 1fr 1fr; } .pair { grid-template-columns: 1fr; } .pair svg { max-width: 24rem; } }
 @media print { @page { margin: 16mm; } body { font-size: 10.5pt; } main { padding: 0; max-width: none; }
+  table { font-size: 8.5pt; } th, td { padding-block: .2rem; }
   figure, tr, .pair > div { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
@@ -137,9 +138,9 @@ def _opening(report: DemoReport) -> str:
         else "Secure aggregation was off: the coordinator saw each hospital's update."
     )
     facts = (
-        (together, f"right together, ± {_points(report.standard_error(report.accuracy_together))}", "main"),
+        (together, f"right together, ± {_points(report.standard_error(report.accuracy_together))} points", "main"),
         (percent(report.mean_alone), "right alone, on average", ""),
-        (f"ε {spent:.2f}", f"spent per record at most; budget {report.epsilon_budget:g}, δ {report.delta:g}", ""),
+        (f"ε {spent:.2f}", f"spent per record at most; budget {report.epsilon_budget:g}, δ {tiny(report.delta)}", ""),
         (duration(report.seconds_total), f"in all, {len(report.rounds)} rounds", ""),
     )
     figures = "".join(
@@ -147,7 +148,7 @@ def _opening(report: DemoReport) -> str:
     )
     return f"""<p class="kicker">Foedus demonstration report</p>
 <h1>{escape(report.title)}</h1>
-<p class="lead">Together, {hospitals} hospitals name the right one of {report.labels} labels for {together} of
+<p class="lead">Together, the {hospitals} hospitals name the right one of {report.labels} labels for {together} of
 {report.rows_held_out:,} rows that none of them trained on. Alone, at the same privacy, they reach
 {percent(min(alone))} to {percent(max(alone))}. No row left a hospital. {secure}</p>
 <dl class="figures">{figures}</dl>"""

@@ -130,6 +130,11 @@ def duration(seconds: float) -> str:
     return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
 
 
+def tiny(probability: float) -> str:
+    """A probability such as delta: 1e-5."""
+    return f"{probability:.0e}".replace("e-0", "e-")
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -225,7 +230,7 @@ def _facts(report: DemoReport) -> Table:
     secure = "on" if report.secure_aggregation else "OFF"
     facts = {
         "epsilon spent": f"{ledgers}  (each hospital's own ledger; budget {report.epsilon_budget:g})",
-        "delta": f"{report.delta:g}  (per record; holds even if everybody else colludes)",
+        "delta": f"{tiny(report.delta)}  (per record; holds even if everybody else colludes)",
         "secure sums": f"{secure}; {report.parameters:,} trained numbers, {len(report.rounds)} rounds",
         "bytes per site": f"{size(up)} up, {size(down)} down  ({size(mean_bytes_up(report))} up per round)",
         "seconds": f"{duration(report.seconds_total)} in all: {stages}",
