@@ -215,8 +215,7 @@ class Round:
                 effects += self._note(following)
         if isinstance(state, Failed):
             return Aborted(state.error)
-        total = self._terms.layout.decode(state.words, len(state.survivors))
-        return Committed(total / len(state.survivors), state.survivors)
+        return Committed(state.total / len(state.survivors), state.survivors)
 
     def _note(self, effects: Effects) -> Effects:
         for effect in effects:

@@ -247,9 +247,11 @@ def encoding() -> dict:
         values[0], values[-1] = scales[0], -scales[-1]  # both ends of the range fit
         integers = []
         for value, scale, coin in zip(values, scales, coins, strict=True):
-            steps = min(max(value * (half / scale), -half), half)
-            whole = math.floor(steps)
-            integers.append(whole + (coin < (steps - whole) * 2.0**32))
+            limit = float(half * 2**32)
+            factor = limit / scale
+            if factor * scale > limit:
+                factor = math.nextafter(factor, 0.0)
+            integers.append((round(value * factor) + coin) // 2**32)
         words = pack(integers, bits, max_sites)
         others = [-half, *integers[1:]]
         both = [(a + b) % 2**64 for a, b in zip(words, pack(others, bits, max_sites), strict=True)]

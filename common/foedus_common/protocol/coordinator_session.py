@@ -30,6 +30,7 @@ from foedus_common.protocol.effects import (
     Send,
     VectorReader,
 )
+from foedus_common.protocol.encoding import Floats
 from foedus_common.protocol.masks import Words, apply_masks
 from foedus_common.protocol.primitives import KeyPair
 from foedus_common.protocol.thresholds import Roster, Thresholds, require_quorum
@@ -64,12 +65,12 @@ class Awaiting:
 
 @dataclass(frozen=True)
 class Opened:
-    """The sum of the survivors' vectors, unmasked and checked: decode it with the layout.
+    """The sum of the survivors' vectors, unmasked, checked and decoded: float64 (d,), the header not counted.
 
     suspects: sites whose shares were wrong, or whose dealt shares were; never a proof.
     """
 
-    words: Words = field(repr=False)
+    total: Floats = field(repr=False)
     survivors: tuple[str, ...]
     suspects: tuple[str, ...] = ()
 
@@ -285,17 +286,18 @@ def _open(session: CoordinatorSession, state: Awaiting) -> tuple[Opened, Effects
     to_subtract = [primitives.self_mask_key(secrets[site], session.ctx) for site in gathered.survivors]
     to_add: list[bytes] = []
     for dropped in sorted(set(gathered.dealers) - set(gathered.survivors)):
+        mask_keys = KeyPair.from_private(secrets[dropped])
         for site in gathered.survivors:
             salt = primitives.pair_salt(session.ctx, gathered.u1, site, dropped)
-            peer_key = gathered.advertisements[site].mask_key
-            key = primitives.pair_mask_key(primitives.shared_secret(secrets[dropped], peer_key, site), salt)
+            secret = mask_keys.shared_secret(gathered.advertisements[site].mask_key, site)
+            key = primitives.pair_mask_key(secret, salt)
             (to_subtract if dropped < site else to_add).append(key)
 
     assert gathered.total is not None
     words = gathered.total.copy()
     apply_masks(words, add=to_add, subtract=to_subtract)
-    session.config.terms.layout.unpack_sum(words, len(gathered.survivors))
-    return Opened(words, gathered.survivors, suspects), ()
+    total = session.config.terms.layout.decode(words, len(gathered.survivors))
+    return Opened(total, gathered.survivors, suspects), ()
 
 
 def _recover_secrets(session: CoordinatorSession, state: Awaiting) -> tuple[dict[str, bytes], tuple[str, ...]]:

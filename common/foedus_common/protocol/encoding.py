@@ -33,6 +33,7 @@ from foedus_common.protocol.masks import Words
 from foedus_common.randomness import RandomBytes
 
 MIN_FIELD_BITS, MAX_FIELD_BITS = 8, 32
+MIN_SCALE, MAX_SCALE = 1e-100, 1e100
 _BLOCK = 32 * 1024
 
 Integers = npt.NDArray[np.int64]
@@ -56,9 +57,9 @@ class FieldLayout:
         if self.max_sites < 1 or self.half_range < 1:
             raise LocalError(f"fields of {self.bits} bits cannot hold the sum of {self.max_sites} sites")
         if not self.segments or any(
-            length < 1 or not (math.isfinite(scale) and scale > 0) for length, scale in self.segments
+            length < 1 or not MIN_SCALE <= scale <= MAX_SCALE for length, scale in self.segments
         ):
-            raise LocalError("every segment of a layout needs a positive length and a positive, finite scale")
+            raise LocalError("every segment of a layout needs a positive length and a positive, moderate scale")
 
     @cached_property
     def half_range(self) -> int:
@@ -84,38 +85,26 @@ class FieldLayout:
     def _fields_per_word(self) -> int:
         return 64 // self.bits
 
+    # --- One vector to words ---
+
     def encode(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Words:
-        """float vector (d,) -> words (words,): `pack(quantise(vector))`."""
-        return self.pack(self.quantise(vector, random))
+        """float vector (d,) -> words (words,): `pack(quantise(vector))`, block by block."""
+        words = self._with_header()
+        for part, steps in self._rounded(vector, random):
+            self._place(words, part, steps)
+        return words
 
     def quantise(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Integers:
         """float (d,) -> int64 (d,) in -R..R: multiples of each segment's step, rounded up with probability = fraction.
 
-        Coin i is the i-th little-endian 32-bit word of AES-256-CTR (zero IV) under a fresh key from `random`; it rounds
-        up where it is below fraction * 2^32, so an expectation is off by less than 2^-32 steps. LocalError for a value
-        that is not finite or beyond its half-range: nothing is ever truncated.
+        Value v becomes floor((v * factor + coin) / 2^32), where v * factor is rounded to an integer, factor is the
+        largest float64 <= R * 2^32 / scale that keeps scale * factor <= R * 2^32, and coin i is the i-th little-endian
+        32-bit word of AES-256-CTR (zero IV) under a fresh key from `random`. Expectations are off by less than 2^-32
+        steps. LocalError for a value that is not finite or beyond its half-range: nothing is ever truncated.
         """
-        if vector.shape != (self.dimension,):
-            raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {vector.shape}")
-        coins = Cipher(AES256(random(32)), CTR(bytes(16))).encryptor()
-        zeros, keystream = memoryview(bytes(4 * _BLOCK)), bytearray(4 * _BLOCK)
-        coin = np.frombuffer(keystream, dtype="<u4")
         integers = np.empty(self.dimension, dtype=np.int64)
-        for part, scale in self._blocks():
-            values = vector[part].astype(np.float64)
-            if not np.all(np.abs(values) <= scale):  # also false for NaN
-                raise LocalError(
-                    f"coordinates {part.start}..{part.stop - 1} leave their range of +-{scale:g}; "
-                    "the plan's scales are too small for this update"
-                )
-            values *= self.half_range / scale
-            np.clip(values, -self.half_range, self.half_range, out=values)  # one unit in the last place at most
-            whole = np.floor(values)
-            values -= whole
-            values *= 2.0**32
-            coins.update_into(zeros[: 4 * len(values)], keystream)
-            whole += coin[: len(values)] < values
-            integers[part] = whole
+        for part, steps in self._rounded(vector, random):
+            integers[part] = steps
         return integers
 
     def pack(self, integers: Integers) -> Words:
@@ -124,15 +113,59 @@ class FieldLayout:
             raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {integers.shape}")
         if integers.min() < -self.half_range or integers.max() > self.half_range:
             raise LocalError(f"an integer leaves the range of +-{self.half_range} steps that a field holds")
-        fields = np.zeros(self.words * self._fields_per_word, dtype=np.uint64)
-        fields[0] = 1
-        np.add(integers, self.half_range, out=fields[1 : 1 + self.dimension].view(np.int64))
-        planes = fields.reshape(self._fields_per_word, self.words)
-        words: Words = planes[0].copy()
-        for index, plane in enumerate(planes[1:], start=1):
-            plane <<= np.uint64(index * self.bits)
-            words |= plane
+        words = self._with_header()
+        for part, _ in self._blocks():
+            self._place(words, part, integers[part])
         return words
+
+    def _with_header(self) -> Words:
+        words: Words = np.zeros(self.words, dtype=np.uint64)
+        words[0] = 1
+        return words
+
+    def _rounded(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Iterator[tuple[slice, Integers]]:
+        """Blocks of the vector as integers, in a buffer that the next block overwrites."""
+        if vector.shape != (self.dimension,):
+            raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {vector.shape}")
+        coins = Cipher(AES256(random(32)), CTR(bytes(16))).encryptor()
+        zeros, keystream = memoryview(bytes(4 * _BLOCK)), bytearray(4 * _BLOCK)
+        coin = np.frombuffer(keystream, dtype="<u4")
+        scaled, steps = np.empty(_BLOCK, dtype=np.float64), np.empty(_BLOCK, dtype=np.int64)
+        for part, scale in self._blocks():
+            values = vector[part]
+            count = len(values)
+            if not (float(values.max()) <= scale and float(values.min()) >= -scale):  # false for NaN too
+                raise LocalError(
+                    f"coordinates {part.start}..{part.stop - 1} leave their range of +-{scale:g}; "
+                    "the plan's scales are too small for this update"
+                )
+            np.multiply(values, self._factor(scale), out=scaled[:count], dtype=np.float64)
+            np.rint(scaled[:count], out=scaled[:count])
+            np.copyto(steps[:count], scaled[:count], casting="unsafe")
+            coins.update_into(zeros[: 4 * count], keystream)
+            steps[:count] += coin[:count]
+            steps[:count] >>= 32
+            yield part, steps[:count]
+
+    def _factor(self, scale: float) -> float:
+        limit = float(self.half_range << 32)
+        factor = limit / scale
+        return factor if factor * scale <= limit else math.nextafter(factor, 0.0)
+
+    def _place(self, words: Words, part: slice, integers: Integers) -> None:
+        """Put the fields of coordinates `part`, which are zero so far, into their planes."""
+        fields = (integers + self.half_range).view(np.uint64)
+        for plane, into, taken in self._planes(part):
+            words[into] |= fields[taken] << np.uint64(plane * self.bits)
+
+    # --- A sum of words to numbers ---
+
+    def decode(self, words: Words, survivors: int) -> Floats:
+        """Words summed over `survivors` sites -> sum of the rounded vectors, float64 (d,). Errors of `unpack_sum`."""
+        decoded = np.empty(self.dimension, dtype=np.float64)
+        for part, scale, integers in self._summed(words, survivors):
+            np.multiply(integers, scale / self.half_range, out=decoded[part])
+        return decoded
 
     def unpack_sum(self, words: Words, survivors: int) -> Integers:
         """Words summed over `survivors` sites -> the sum of their integers, int64 (d,), exactly.
@@ -140,31 +173,48 @@ class FieldLayout:
         RemoteError(BAD_SUM) if the header does not count `survivors` or a field cannot be such a sum: then a mask is
         left in it, or a site sent what is no encoded vector.
         """
+        summed = np.empty(self.dimension, dtype=np.int64)
+        for part, _, integers in self._summed(words, survivors):
+            summed[part] = integers
+        return summed
+
+    def _summed(self, words: Words, survivors: int) -> Iterator[tuple[slice, float, Integers]]:
+        """Blocks of the sum as integers, each with its scale, once all that lies around the fields is checked."""
         if words.shape != (self.words,):
             raise LocalError(f"the layout has {self.words} words and the sum has shape {words.shape}")
-        mask = np.uint64(2**self.bits - 1)
-        fields = np.empty((self._fields_per_word, self.words), dtype=np.uint64)
-        for index, plane in enumerate(fields):
-            np.right_shift(words, np.uint64(index * self.bits), out=plane)
-            plane &= mask
-        flat = fields.reshape(-1)
+        header = int(words[0]) & (2**self.bits - 1)
+        padding = self._pick(words, slice(self.dimension, self.words * self._fields_per_word - 1))
         used = self._fields_per_word * self.bits
-        stray_bits = used < 64 and bool(np.any(words >> np.uint64(used)))
-        if flat[0] != survivors or stray_bits or np.any(flat[1 + self.dimension :]):
+        if header != survivors or padding.any() or (used < 64 and int(words.max()) >> used):
             raise RemoteError(Reason.BAD_SUM, f"the opened sum does not count {survivors} sites")
-        integers = flat[1 : 1 + self.dimension].view(np.int64)
-        if integers.max() > 2 * self.half_range * survivors:
-            raise RemoteError(Reason.BAD_SUM, f"a field of the opened sum is larger than {survivors} sites can make it")
-        integers -= self.half_range * survivors
-        return integers
-
-    def decode(self, words: Words, survivors: int) -> Floats:
-        """Words summed over `survivors` sites -> sum of the rounded vectors, float64 (d,). Errors of `unpack_sum`."""
-        integers = self.unpack_sum(words, survivors)
-        decoded = np.empty(self.dimension, dtype=np.float64)
         for part, scale in self._blocks():
-            np.multiply(integers[part], scale / self.half_range, out=decoded[part])
-        return decoded
+            fields = self._pick(words, part)
+            if int(fields.max()) > 2 * self.half_range * survivors:
+                raise RemoteError(
+                    Reason.BAD_SUM, f"a field of the opened sum is larger than {survivors} sites can make it"
+                )
+            integers = fields.view(np.int64)
+            integers -= self.half_range * survivors
+            yield part, scale, integers
+
+    def _pick(self, words: Words, part: slice) -> Words:
+        """The fields of coordinates `part`."""
+        fields: Words = np.empty(part.stop - part.start, dtype=np.uint64)
+        for plane, out_of, taken in self._planes(part):
+            np.right_shift(words[out_of], np.uint64(plane * self.bits), out=fields[taken])
+        fields &= np.uint64(2**self.bits - 1)
+        return fields
+
+    # --- Where things lie ---
+
+    def _planes(self, part: slice) -> Iterator[tuple[int, slice, slice]]:
+        """For coordinates `part`: plane, which words of it, which of the part's coordinates, run by run."""
+        field, taken, count = 1 + part.start, 0, part.stop - part.start
+        while taken < count:
+            plane, word = divmod(field + taken, self.words)
+            run = min(self.words - word, count - taken)
+            yield plane, slice(word, word + run), slice(taken, taken + run)
+            taken += run
 
     def _blocks(self) -> Iterator[tuple[slice, float]]:
         """Slices of the vector that lie within one segment and fit the cache, each with its scale."""

@@ -56,6 +56,7 @@ class KeyPair:
 
     private: bytes = field(repr=False)
     public: bytes
+    _key: X25519PrivateKey = field(repr=False, compare=False)
 
     @classmethod
     def generate(cls, random: RandomBytes) -> KeyPair:
@@ -63,15 +64,15 @@ class KeyPair:
 
     @classmethod
     def from_private(cls, private: bytes) -> KeyPair:
-        return cls(private, X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw())
+        key = X25519PrivateKey.from_private_bytes(private)
+        return cls(private, key.public_key().public_bytes_raw(), key)
 
-
-def shared_secret(private: bytes, peer_public: bytes, peer: str) -> bytes:
-    """X25519(private, peer_public), 32 bytes. RemoteError(WEAK_KEY) where it is all zero (RFC 7748 section 6.1)."""
-    try:
-        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(peer_public))
-    except ValueError:
-        raise RemoteError(Reason.WEAK_KEY, f"a public key of {peer} gives an all-zero secret", (peer,)) from None
+    def shared_secret(self, peer_public: bytes, peer: str) -> bytes:
+        """X25519 with the key of a peer, 32 bytes. RemoteError(WEAK_KEY) where it is all zero (RFC 7748, 6.1)."""
+        try:
+            return self._key.exchange(X25519PublicKey.from_public_bytes(peer_public))
+        except ValueError:
+            raise RemoteError(Reason.WEAK_KEY, f"a public key of {peer} gives an all-zero secret", (peer,)) from None
 
 
 def hkdf(secret: bytes, *, salt: bytes, info: bytes) -> bytes:

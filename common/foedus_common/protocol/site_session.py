@@ -355,8 +355,8 @@ def _share_keys(session: SiteSession, stage: Advertised, envelope: wire.Envelope
         if peer == own:
             continue
         salt = primitives.pair_salt(ctx, u1, own, peer)
-        share_secret = primitives.shared_secret(stage.share_keys.private, keys.share_key, peer)
-        mask_secret = primitives.shared_secret(stage.mask_keys.private, keys.mask_key, peer)
+        share_secret = stage.share_keys.shared_secret(keys.share_key, peer)
+        mask_secret = stage.mask_keys.shared_secret(keys.mask_key, peer)
         outgoing = primitives.share_key(share_secret, salt, own, peer)
         shares = dealt[peer].self_mask.value + dealt[peer].pair_key.value
         sealed.append(primitives.seal(outgoing, shares, Parcel(ctx, u1, own, peer)))

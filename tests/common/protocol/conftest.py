@@ -114,7 +114,9 @@ class Federation:
         return wire.round_context(wire.config_bytes(self.config))
 
     def plain_sum(self, sites: Iterable[str]) -> np.ndarray:
-        return sum(self.integers[site] for site in sites)
+        """What must open, exactly: the integers of these sites, summed, in units of each segment's step."""
+        scales = np.concatenate([np.full(length, scale) for length, scale in self.layout.segments])
+        return sum(self.integers[site] for site in sites) * (scales / self.layout.half_range)
 
     def alter_session(self, site: str, **changes: object) -> None:
         self.sessions[site] = replace(self.sessions[site], **changes)

@@ -66,8 +66,8 @@ class TestKeys:
 
         assert KeyPair.from_private(bytes.fromhex(case["peer_share_private"])).public == peer_share_public
         assert primitives.pair_salt(ctx, u1, site, peer) == primitives.pair_salt(ctx, u1, peer, site) == salt
-        share_secret = primitives.shared_secret(share_private, peer_share_public, peer)
-        mask_secret = primitives.shared_secret(mask_private, peer_mask_public, peer)
+        share_secret = KeyPair.from_private(share_private).shared_secret(peer_share_public, peer)
+        mask_secret = KeyPair.from_private(mask_private).shared_secret(peer_mask_public, peer)
         assert [share_secret, mask_secret] == unhex(case, "share_secret", "mask_secret")
         assert primitives.share_key(share_secret, salt, site, peer).hex() == case["share_key"]
         assert primitives.share_key(share_secret, salt, peer, site).hex() == case["share_key_back"]
@@ -92,7 +92,7 @@ class TestKeys:
     def test_weak_public_keys(self):
         for key in load("keys.json")["weak_public_keys"]:
             with pytest.raises(RemoteError) as caught:
-                primitives.shared_secret(bytes(range(32)), bytes.fromhex(key), "beta")
+                KeyPair.from_private(bytes(range(32))).shared_secret(bytes.fromhex(key), "beta")
             assert (caught.value.reason, caught.value.suspects) == (Reason.WEAK_KEY, ("beta",))
 
 

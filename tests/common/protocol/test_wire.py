@@ -37,7 +37,7 @@ LAYOUTS = st.builds(
     FieldLayout,
     st.integers(16, 32),
     st.integers(1, 128),
-    st.lists(st.tuples(st.integers(1, 2**40), POSITIVE), min_size=1, max_size=4).map(tuple),
+    st.lists(st.tuples(st.integers(1, 2**40), st.floats(1e-100, 1e100)), min_size=1, max_size=4).map(tuple),
 )
 TERMS = st.builds(
     m.RoundTerms,
