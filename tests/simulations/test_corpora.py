@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import json
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foedus_common.errors import LocalError
-from foedus_simulations.corpora import ICD10, Package, Row, fetch, icd10, split, unpack, write_csv
+from foedus_simulations.corpora import (
+    GERMAN,
+    ICD10,
+    Package,
+    Row,
+    fetch,
+    german_credit,
+    icd10,
+    split,
+    unpack,
+    write_csv,
+)
 
 
 @pytest.fixture
@@ -136,6 +148,37 @@ def test_icd10_is_the_same_for_the_same_seed_only(cache: Path) -> None:
 
     assert once(3) == once(3)
     assert once(3) != once(4)
+
+
+def test_german_credit_is_text_without_sex_or_origin(tmp_path: Path) -> None:
+    folder = tmp_path / GERMAN.folder
+    folder.mkdir()
+    words = {"status": {"A11": "... < 0 DM"}, "telephone": {"A192": True}, "status_sex": {"A93": "male : single"}}
+    (folder / "values_maps.json").write_text(json.dumps(words))
+    lines = [
+        f"A11 {months} A34 A43 1169 A65 A75 4 A93 A101 4 A121 67 A143 A152 2 A173 1 A192 A201 {1 + months % 2}"
+        for months in range(1000)
+    ]
+    (folder / "german.data").write_text("\n".join(lines))
+    corpus = german_credit(tmp_path, 0)
+    drawn = (*corpus.train, *corpus.validation, *corpus.held_out)
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.held_out)] == [700, 100, 200]
+    assert len(set(drawn)) == 1000
+    for row in drawn:
+        months = int(row.group)
+        assert row.text.startswith(f"status: < 0 DM; duration: {months}; credit history: A34; ")
+        assert row.text.endswith("telephone: yes")
+        assert "sex" not in row.text
+        assert "foreign" not in row.text
+        assert row.label == ("bad" if months % 2 else "good")
+
+
+def test_a_category_with_many_codes_does_not_fill_its_class() -> None:
+    many = [Row(f"many {number}", "eye", "many") for number in range(400)]
+    few = [Row(f"few {number}", "eye", f"few {number // 4}") for number in range(400)]
+    corpus = split(many + few, ("eye",), (60, 20, 40), np.random.default_rng(0))
+    for part in (corpus.train, corpus.held_out):
+        assert Counter(row.group for row in part)["many"] <= len(part) // 4
 
 
 def test_a_written_csv_reads_back(tmp_path: Path) -> None:
