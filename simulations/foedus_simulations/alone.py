@@ -19,6 +19,7 @@ from foedus_common.plan import AgreedPlan, Phase, RunPlan, schedule
 from foedus_common.privacy.accounting import calibrate
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks.local_trainer import LocalTrainer
+from foedus_common.tasks.rows import EncodedRows
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_server.aggregation import ServerOptimizer
 from foedus_server.prepare import first_adapter
@@ -41,19 +42,18 @@ def alone(
     agreed: AgreedPlan,
     first: Tensors,
     rows: Sequence[Row],
-    validation: Sequence[Row],
-    held_out: Sequence[Row],
+    validation: EncodedRows,
+    held_out: EncodedRows,
     random: RandomBytes,
 ) -> Alone:
     """Trains on one site's rows with each rate and measures the best. first: the adapter that the plan starts from."""
     trainer = LocalTrainer(classifier, agreed, pairs(rows))
-    judged = classifier.encode(pairs(validation))
     trained = {}
     for rate in RATES:
         tensors = train(trainer, at_rate(agreed.plan, rate), first, random)
-        trained[rate] = (classifier.accuracy(tensors, judged), tensors)
+        trained[rate] = (classifier.accuracy(tensors, validation), tensors)
     best = max(trained, key=lambda rate: trained[rate][0])
-    return Alone(classifier.accuracy(trained[best][1], classifier.encode(pairs(held_out))), best)
+    return Alone(classifier.accuracy(trained[best][1], held_out), best)
 
 
 def head_only(plan: RunPlan, classifier: TextClassifier) -> tuple[AgreedPlan, dict[str, NDArray[np.float32]]]:

@@ -189,13 +189,14 @@ def approve(site: Party, run: str) -> None:
 def train_alone(plan: Path, model: Path, rows: Mapping[str, Sequence[Row]], corpus: Corpus) -> dict[str, float]:
     """Accuracy of each hospital alone. torch is imported here, when every other process has ended."""
     from foedus_common.tasks.text_classification import TextClassifier
-    from foedus_simulations.alone import alone, head_only
+    from foedus_simulations.alone import alone, head_only, pairs
     from foedus_simulations.randomness import seeded
 
     classifier = TextClassifier.load(model, read_plan(plan))
     agreed, first = head_only(read_plan(plan), classifier)
+    validation, held_out = classifier.encode(pairs(corpus.validation)), classifier.encode(pairs(corpus.held_out))
     return {
-        name: alone(classifier, agreed, first, part, corpus.validation, corpus.held_out, seeded(0, name)).accuracy
+        name: alone(classifier, agreed, first, part, validation, held_out, seeded(0, name)).accuracy
         for name, part in rows.items()
     }
 
