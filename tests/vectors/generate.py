@@ -251,7 +251,7 @@ def encoding() -> dict:
             factor = limit / scale
             if factor * scale > limit:
                 factor = math.nextafter(factor, 0.0)
-            integers.append((round(value * factor) + coin) // 2**32)
+            integers.append((math.trunc(value * factor) + coin) // 2**32)
         words = pack(integers, bits, max_sites)
         others = [-half, *integers[1:]]
         both = [(a + b) % 2**64 for a, b in zip(words, pack(others, bits, max_sites), strict=True)]

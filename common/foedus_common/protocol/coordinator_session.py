@@ -247,7 +247,7 @@ def _send_survivors(session: CoordinatorSession, state: Awaiting) -> tuple[Await
     return _ask(session, 3, dict.fromkeys(survivors, request), replace(state.gathered, survivors=survivors))
 
 
-# --- A4 to A5: collect signatures over the survivors, show them to everybody ---
+# --- A4 to A5: collect signatures over the survivors, show t of them to everybody ---
 
 
 def _accept_signature(
@@ -262,7 +262,8 @@ def _accept_signature(
 def _send_signatures(session: CoordinatorSession, state: Awaiting) -> tuple[Awaiting, Effects]:
     _require_threshold(session, state.answers, "A4")
     signers = sorted(state.answers)
-    request = m.Agreement(tuple((site, cast(m.Consistency, state.answers[site]).signature) for site in signers))
+    enough = signers[: session.config.threshold]
+    request = m.Agreement(tuple((site, cast(m.Consistency, state.answers[site]).signature) for site in enough))
     return _ask(session, 4, dict.fromkeys(signers, request), state.gathered)
 
 

@@ -97,10 +97,10 @@ class FieldLayout:
     def quantise(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Integers:
         """float (d,) -> int64 (d,) in -R..R: multiples of each segment's step, rounded up with probability = fraction.
 
-        Value v becomes floor((v * factor + coin) / 2^32), where v * factor is rounded to an integer, factor is the
-        largest float64 <= R * 2^32 / scale that keeps scale * factor <= R * 2^32, and coin i is the i-th little-endian
-        32-bit word of AES-256-CTR (zero IV) under a fresh key from `random`. Expectations are off by less than 2^-32
-        steps. LocalError for a value that is not finite or beyond its half-range: nothing is ever truncated.
+        Value v becomes floor((trunc(v * factor) + coin) / 2^32), where factor is R * 2^32 / scale, one float64 lower
+        where scale * factor would exceed R * 2^32, and coin i is the i-th little-endian 32-bit word of AES-256-CTR
+        (zero IV) under a fresh key from `random`. Expectations are off by less than 2^-32 steps. LocalError for a value
+        that is not finite or beyond its half-range: nothing is ever clipped.
         """
         integers = np.empty(self.dimension, dtype=np.int64)
         for part, steps in self._rounded(vector, random):
@@ -140,7 +140,6 @@ class FieldLayout:
                     "the plan's scales are too small for this update"
                 )
             np.multiply(values, self._factor(scale), out=scaled[:count], dtype=np.float64)
-            np.rint(scaled[:count], out=scaled[:count])
             np.copyto(steps[:count], scaled[:count], casting="unsafe")
             coins.update_into(zeros[: 4 * count], keystream)
             steps[:count] += coin[:count]

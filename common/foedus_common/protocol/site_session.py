@@ -369,23 +369,20 @@ def _share_keys(session: SiteSession, stage: Advertised, envelope: wire.Envelope
 
 def _check_keys(session: SiteSession, stage: Advertised, envelopes: tuple[bytes, ...]) -> dict[str, m.Advertise]:
     """U1 by site name, from envelopes that each site of it signed in this very attempt."""
-    advertisements: dict[str, m.Advertise] = {}
-    for data in envelopes:
-        envelope = wire.parse_envelope(data)
-        source = envelope.header.source
+    parsed = [wire.parse_envelope(data) for data in envelopes]
+    sources = [envelope.header.source for envelope in parsed]
+    if sources != sorted(set(sources)):
+        raise RemoteError(Reason.BAD_MESSAGE, "the sites' keys are not listed once each in ascending order")
+    for source, envelope in zip(sources, parsed, strict=True):
         if source not in stage.config.cohort:
             raise RemoteError(Reason.UNKNOWN_SITE, f"{source} sent keys and is not in the cohort", (source,))
-        if advertisements and source <= max(advertisements):
-            raise RemoteError(Reason.BAD_MESSAGE, "the sites' keys are not listed once each in ascending order")
         envelope.verify(session.roster.member(source).public_key)
         expected = wire.Header(*stage.config.attempt_id, stage.ctx, source, wire.COORDINATOR, sequence=0)
         if envelope.header != expected:
             raise RemoteError(Reason.CONFIG_MISMATCH, f"the keys of {source} were made for another attempt", (source,))
-        advertisements[source] = _message(envelope, m.Advertise)
-        if source == session.site and advertisements[source] != stage.advertisement:
-            raise RemoteError(Reason.KEY_ALTERED, "this site's own keys came back altered")
-    if session.site not in advertisements:
-        raise RemoteError(Reason.KEY_ALTERED, "this site's own keys are missing from those that were sent")
+    advertisements = {envelope.header.source: _message(envelope, m.Advertise) for envelope in parsed}
+    if advertisements.get(session.site) != stage.advertisement:
+        raise RemoteError(Reason.KEY_ALTERED, "this site's own keys came back altered, or not at all")
     keys = [key for each in advertisements.values() for key in (each.share_key, each.mask_key)]
     if len(set(keys)) != len(keys):
         raise RemoteError(Reason.DUPLICATE_KEY, "two of the keys of this attempt are the same")
