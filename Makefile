@@ -3,32 +3,40 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export FLWR_TELEMETRY_ENABLED = 0
-export FLWR_DISABLE_UPDATE_CHECK = 1
+READY := $(VENV)/.installed
 
 .PHONY: demo test lint bench stubs clean
 
 # The stamp is remade when the dependencies change, so that an old .venv never serves a new pyproject.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Foedus needs Python 3.11 or newer.")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
-	touch $@
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Foedus needs Python 3.11 or newer.")'
+	@echo "Installing into $(VENV): a minute or two."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $@
 
-test: $(VENV)/.installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+# Three hospitals and a coordinator on this machine; `make demo SMALL=1` is the two-minute edition.
+demo: $(READY)
+	$(BIN)/python -m foedus_simulations.demo $(if $(SMALL),--small)
+
+test: lint
 	$(BIN)/pytest -q
 
-lint: $(VENV)/.installed
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every claim is a ratio or a limit measured in one run; results go to benchmarks/results.
+bench: $(READY)
+	@for claim in $(filter-out benchmarks/report.py benchmarks/sites.py benchmarks/summary.py,$(wildcard benchmarks/*.py)); do \
+		$(BIN)/python $$claim || exit 1; \
+	done
+	@$(BIN)/python benchmarks/summary.py
+
+# The committed gRPC stubs, from the one .proto file.
+stubs: $(READY)
+	$(BIN)/python -m grpc_tools.protoc -I common --python_out=common --grpc_python_out=common common/foedus_common/link/foedus.proto
 
 clean:
 	rm -rf demo .cache
-
-# The committed gRPC stubs, from the one .proto file.
-stubs: $(VENV)/.installed
-	$(BIN)/python -m grpc_tools.protoc -I common --python_out=common --grpc_python_out=common common/foedus_common/link/foedus.proto

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -401,6 +402,8 @@ def audit_verify(context: typer.Context, as_json: Json = False) -> None:
 
 
 def main() -> NoReturn:
+    for command in entry_points(group="foedus.commands"):  # what other installed packages add, such as `simulate`
+        app.command(command.name)(command.load())
     terminal.run(app, "foedus")
 
 

@@ -1,4 +1,4 @@
-"""What a site would reach without the others: the plan's own training on its rows alone, at the same privacy.
+"""What is reached without federation: by a site on its rows alone, or with all rows in one place; same privacy.
 
 No coordinator, no secure sum, no ledger: a site that keeps everything to itself spends nobody's budget by being
 simulated. It gets the plan's noise, the plan's schedule and the best of several learning rates, chosen on validation
@@ -54,6 +54,16 @@ def alone(
         trained[rate] = (classifier.accuracy(tensors, validation), tensors)
     best = max(trained, key=lambda rate: trained[rate][0])
     return Alone(classifier.accuracy(trained[best][1], held_out), best)
+
+
+def central(agreed: AgreedPlan, sites: int) -> AgreedPlan:
+    """The plan for one place that holds the rows of all `sites`: it divides by all their rows; the noise stays, so the
+    privacy does."""
+    divisor = agreed.plan.privacy.divisor
+    if divisor is None:
+        return agreed
+    privacy = dataclasses.replace(agreed.plan.privacy, divisor=divisor * sites)
+    return dataclasses.replace(agreed, plan=dataclasses.replace(agreed.plan, privacy=privacy))
 
 
 def head_only(plan: RunPlan, classifier: TextClassifier) -> tuple[AgreedPlan, dict[str, NDArray[np.float32]]]:

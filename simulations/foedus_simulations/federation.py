@@ -33,8 +33,8 @@ from foedus_common.tasks.text_classification import TextClassifier
 from foedus_server import config
 from foedus_server.app import server_app
 from foedus_server.commands import Operator
+from foedus_server.config import Patience
 from foedus_server.registry import Registry
-from foedus_server.rounds import Patience
 from foedus_server.runs import Coordinator
 from foedus_server.store import Attempt
 from foedus_simulations.corpora import Row, write_csv

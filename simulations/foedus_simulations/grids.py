@@ -99,6 +99,9 @@ class InProcessGrid(Grid):
     def discard(self, site: str, ref: ObjectRef) -> None:
         self._pushed.discard((site, ref))
 
+    def clear_uploads(self) -> None:
+        self._pushed.clear()
+
     # The sites' side of it
 
     def connect(self, site: str, app: ClientApp, objects: ObjectStore) -> None:
