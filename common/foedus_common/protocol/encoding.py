@@ -155,7 +155,8 @@ class FieldLayout:
         """Put the fields of coordinates `part`, which are zero so far, into their planes."""
         fields = (integers + self.half_range).view(np.uint64)
         for plane, into, taken in self._planes(part):
-            words[into] |= fields[taken] << np.uint64(plane * self.bits)
+            fields[taken] <<= np.uint64(plane * self.bits)
+            words[into] |= fields[taken]
 
     # --- A sum of words to numbers ---
 

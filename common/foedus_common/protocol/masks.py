@@ -34,14 +34,13 @@ def apply_masks(accumulator: Words, *, add: Iterable[bytes] = (), subtract: Iter
     if accumulator.dtype != np.uint64 or not accumulator.flags.c_contiguous or sys.byteorder != "little":
         raise LocalError("masks are applied to contiguous uint64 words on a little-endian machine")
     passes = [(np.add, _keystream(key)) for key in add] + [(np.subtract, _keystream(key)) for key in subtract]
-    keystream = bytearray(BLOCK_BYTES)
-    keystream_words = np.frombuffer(keystream, dtype=np.uint64)
-    for start in range(0, len(accumulator), len(keystream_words)):
-        block = accumulator[start : start + len(keystream_words)]
-        zeros = _ZEROS[: len(block) * _WORD_BYTES]
+    buffer = bytearray(BLOCK_BYTES)
+    for start in range(0, len(accumulator), BLOCK_BYTES // _WORD_BYTES):
+        block = accumulator[start : start + BLOCK_BYTES // _WORD_BYTES]
+        zeros, keystream = _ZEROS[: block.nbytes], np.frombuffer(buffer, dtype=np.uint64, count=len(block))
         for combine, generator in passes:
-            generator.update_into(zeros, keystream)
-            combine(block, keystream_words[: len(block)], out=block)
+            generator.update_into(zeros, buffer)
+            combine(block, keystream, out=block)
 
 
 def _keystream(key: bytes) -> CipherContext:
