@@ -14,6 +14,7 @@ import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,10 @@ def commands(path: Path) -> list[str]:
 
 @functools.cache
 def program(name: str) -> click.Group:
-    group = typer.main.get_command(importlib.import_module(PROGRAMS[name]).app)
+    app = importlib.import_module(PROGRAMS[name]).app
+    for command in entry_points(group=f"{name}.commands"):  # as the program itself does when it starts
+        app.command(command.name)(command.load())
+    group = typer.main.get_command(app)
     assert isinstance(group, click.Group)
     return group
 
