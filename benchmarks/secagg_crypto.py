@@ -33,7 +33,8 @@ from foedus_common.protocol import messages as m
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, Opened
 from foedus_common.protocol.effects import Arrived, Deadline, Send
 from foedus_common.protocol.encoding import FieldLayout
-from foedus_common.protocol.site_session import Outbox, SiteSession
+from foedus_common.protocol.site_session import SiteSession
+from foedus_common.protocol.site_stages import Outbox
 from foedus_common.protocol.thresholds import Member, PeerRule, Roster, thresholds, tolerated_drops
 from report import report
 

@@ -23,7 +23,7 @@ from foedus_common.errors import LocalError
 from foedus_common.journal import START, Checkpoint, Entry
 from foedus_common.protocol.effects import Answered, AttemptSeen, Record, VectorMasked
 from foedus_common.protocol.messages import AttemptId, RoundTerms, VectorRef
-from foedus_common.protocol.site_session import Outbox
+from foedus_common.protocol.site_stages import Outbox
 from foedus_common.protocol.wire import parse_terms, terms_bytes
 
 SCHEMA_VERSION = 1

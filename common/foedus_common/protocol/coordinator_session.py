@@ -33,7 +33,7 @@ from foedus_common.protocol.effects import (
 from foedus_common.protocol.encoding import Floats
 from foedus_common.protocol.masks import Words, apply_masks
 from foedus_common.protocol.primitives import KeyPair
-from foedus_common.protocol.thresholds import Roster, Thresholds, require_quorum
+from foedus_common.protocol.thresholds import Roster, require_quorum
 
 Event = Arrived | Deadline
 
@@ -162,8 +162,7 @@ def _ask(
 
 
 def _require_quorum(session: CoordinatorSession, sites: Iterable[str], stage: str) -> None:
-    limits = Thresholds(session.config.threshold, session.config.minimum)
-    require_quorum(sites, stage, limits, session.roster)
+    require_quorum(sites, stage, session.config.limits, session.roster)
 
 
 def _require_threshold(session: CoordinatorSession, sites: Collection[str], stage: str) -> None:

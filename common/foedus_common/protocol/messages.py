@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from foedus_common.errors import LocalError
 from foedus_common.protocol.encoding import FieldLayout
+from foedus_common.protocol.thresholds import Thresholds
 
 PROTOCOL_VERSION = 1
 
@@ -158,6 +159,10 @@ class RoundConfig:
     @property
     def attempt_id(self) -> AttemptId:
         return AttemptId(self.terms.run_id, self.terms.round, self.attempt)
+
+    @property
+    def limits(self) -> Thresholds:
+        return Thresholds(self.threshold, self.minimum)
 
     def x(self, site: str) -> int:
         """Where the site's Shamir shares are evaluated."""

@@ -5,14 +5,14 @@
 
 A step checks, computes, and returns the next state and what to do about it; it raises nothing that the coordinator can
 cause. After any failed check the state is `Failed` and stays so, and its secrets are gone. Knows no socket, clock, disk
-or randomness of its own. The state holds exactly the secrets that later stages need: read the dataclasses below.
+or randomness of its own. What a state holds, and so how long a secret lives, is in `site_stages`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from foedus_common.errors import FoedusError, LocalError, Reason, RemoteError
@@ -31,6 +31,20 @@ from foedus_common.protocol.effects import (
 )
 from foedus_common.protocol.masks import apply_masks
 from foedus_common.protocol.primitives import KeyPair, Parcel, Sign
+from foedus_common.protocol.site_stages import (
+    Advertised,
+    Agreed,
+    DealtShares,
+    Failed,
+    Finished,
+    Lost,
+    Masked,
+    Outbox,
+    Shared,
+    SiteStage,
+    SiteState,
+    Waiting,
+)
 from foedus_common.protocol.thresholds import (
     MAX_COHORT,
     PeerRule,
@@ -41,119 +55,6 @@ from foedus_common.protocol.thresholds import (
     thresholds,
 )
 from foedus_common.randomness import RandomBytes
-
-# --- What is durable at the site, as plain values ---
-
-
-@dataclass(frozen=True)
-class Outbox:
-    """The vector that waits to be masked, and everything durable that decides whether it may be.
-
-    charged: the ledger holds a charge that covers one release of this vector.
-    masked_in: the attempt in which it was masked; None if never.
-    attempts_seen: every attempt whose A0 was ever accepted here.
-    """
-
-    terms: m.RoundTerms
-    vector: m.VectorRef
-    charged: bool
-    masked_in: m.AttemptId | None = None
-    attempts_seen: frozenset[m.AttemptId] = frozenset()
-
-
-# --- The stages of a session, each with what it holds ---
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Nothing has been agreed yet."""
-
-
-@dataclass(frozen=True)
-class Advertised:
-    """Own keys are out (A1)."""
-
-    config: m.RoundConfig
-    ctx: bytes
-    share_keys: KeyPair
-    mask_keys: KeyPair
-    self_mask_seed: bytes = field(repr=False)
-
-    @property
-    def advertisement(self) -> m.Advertise:
-        return m.Advertise(self.share_keys.public, self.mask_keys.public, primitives.commitment(self.self_mask_seed))
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Own secrets are shared (A2). Keys are by peer; of the own secrets only what A3 needs is left."""
-
-    config: m.RoundConfig
-    ctx: bytes
-    u1: bytes
-    self_mask_key: bytes = field(repr=False)
-    pair_mask_keys: Mapping[str, bytes] = field(repr=False)
-    incoming_share_keys: Mapping[str, bytes] = field(repr=False)
-    own_shares: DealtShares = field(repr=False)
-
-
-@dataclass(frozen=True)
-class DealtShares:
-    """What one dealer gave this site: a share of its self-mask seed, a share of its mask key. At A5 one may leave."""
-
-    self_mask: m.SelfMaskShare
-    pair_key: m.PairKeyShare
-
-
-@dataclass(frozen=True)
-class Masked:
-    """The masked vector is out (A3). `dealt` has the shares of every site of U2."""
-
-    config: m.RoundConfig
-    ctx: bytes
-    u1: bytes
-    masked: m.VectorRef
-    dealt: Mapping[str, DealtShares] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """One survivor set is signed (A4)."""
-
-    config: m.RoundConfig
-    ctx: bytes
-    u1: bytes
-    masked: m.VectorRef
-    dealt: Mapping[str, DealtShares] = field(repr=False)
-    survivors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Everything was answered (A5). No secret is left."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """The site restarted: the round's secrets are gone, stored answers are not."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A check failed. No secret is left and nothing is answered any more."""
-
-    error: FoedusError
-
-
-SiteStage = Waiting | Advertised | Shared | Masked | Agreed | Finished | Lost | Failed
-
-
-@dataclass(frozen=True)
-class SiteState:
-    """Where a session is, and its last answer, which the same request gets again."""
-
-    stage: SiteStage
-    answered: Answered | None = None
 
 
 @dataclass(frozen=True)
@@ -328,10 +229,6 @@ def _check_set(session: SiteSession, sites: tuple[str, ...], stage: str, limits:
     require_peers(sites, stage, session.rule, session.site, session.roster)
 
 
-def _limits(config: m.RoundConfig) -> Thresholds:
-    return Thresholds(config.threshold, config.minimum)
-
-
 # --- A2: check everybody's keys, share the own secrets ---
 
 
@@ -339,7 +236,7 @@ def _share_keys(session: SiteSession, stage: Advertised, envelope: wire.Envelope
     config, ctx, own = stage.config, stage.ctx, session.site
     advertisements = _check_keys(session, stage, _message(envelope, m.PeerKeys).envelopes)
     members = tuple(advertisements)
-    _check_set(session, members, "A2", _limits(config))
+    _check_set(session, members, "A2", config.limits)
     u1 = wire.key_set_digest(advertisements)
 
     xs = [config.x(site) for site in members]
@@ -404,7 +301,7 @@ def _mask(session: SiteSession, stage: Shared, envelope: wire.Envelope) -> _Step
             m.SelfMaskShare(shares[: shamir.SHARE_BYTES]), m.PairKeyShare(shares[shamir.SHARE_BYTES :])
         )
     members = tuple(sorted(dealt))
-    _check_set(session, members, "A3", _limits(config))
+    _check_set(session, members, "A3", config.limits)
 
     words = session.vectors.load(session.outbox.vector)
     if words.shape != (config.terms.layout.words,):
@@ -433,7 +330,7 @@ def _agree(session: SiteSession, stage: Masked, envelope: wire.Envelope) -> _Ste
         raise RemoteError(Reason.SURVIVORS_INVALID, "this site sent its masked input and is not among the survivors")
     if strangers := set(survivors) - set(stage.dealt):
         raise RemoteError(Reason.SURVIVORS_INVALID, f"{', '.join(sorted(strangers))} cannot have survived: not in U2")
-    _check_set(session, survivors, "A4", _limits(stage.config))
+    _check_set(session, survivors, "A4", stage.config.limits)
     signature = session.sign(wire.survivors_statement(stage.ctx, stage.u1, survivors))
     return _Step(
         Agreed(stage.config, stage.ctx, stage.u1, stage.masked, stage.dealt, survivors),

@@ -18,7 +18,8 @@ from foedus_common.protocol import wire
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState
 from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send
 from foedus_common.protocol.encoding import FieldLayout
-from foedus_common.protocol.site_session import Outbox, SiteSession, SiteState
+from foedus_common.protocol.site_session import SiteSession
+from foedus_common.protocol.site_stages import Outbox, SiteState
 from foedus_common.protocol.thresholds import Member, PeerRule, Roster, thresholds
 
 

@@ -17,7 +17,7 @@ from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.effects import Abort, Answered, AttemptSeen, Erase, Persist, Send, VectorMasked
 from foedus_common.protocol.encoding import FieldLayout
-from foedus_common.protocol.site_session import Failed, Finished
+from foedus_common.protocol.site_stages import Failed, Finished
 from foedus_common.protocol.thresholds import PeerRule
 
 SITE = "site-001"
