@@ -62,8 +62,10 @@ class Daemon:
         self._link.start(client_app(self._rounds), context_of)
 
     def stop(self) -> None:
-        self._rounds.stop()
+        """The link first: what is under way must not be answered with a refusal, for it is asked again after the next
+        start."""
         self._link.stop()
+        self._rounds.stop()
         self._store.close()
 
     def _open_trainer(self, agreed: AgreedPlan) -> TrainerProcess:

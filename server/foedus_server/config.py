@@ -13,6 +13,7 @@ Knows no sites and no runs.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -60,6 +61,19 @@ class ConsoleSettings:
 
 
 @dataclass(frozen=True)
+class Patience:
+    """How long a round waits: `stage_seconds` for the answers of one cryptographic stage, `absent_seconds` in training
+    for a site that has been away so long that the others should not wait for it."""
+
+    stage_seconds: float = 20.0
+    absent_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.stage_seconds < math.inf and 0 < self.absent_seconds < math.inf):
+            raise LocalError("[patience] stage_seconds and absent_seconds must be above 0.")
+
+
+@dataclass(frozen=True)
 class Settings:
     """foedus.toml. host: the name or address under which sites reach the coordinator; database: "" for foedus.db."""
 
@@ -68,6 +82,7 @@ class Settings:
     database: str = ""
     link: Link = field(default_factory=Link)
     console: ConsoleSettings = field(default_factory=ConsoleSettings)
+    patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         if not (0 < len(self.federation) <= 48 and self.federation.isprintable()):
@@ -92,7 +107,10 @@ class Settings:
             f"port = {self.link.port}\n"
             f"enrolment_port = {self.link.enrolment_port}\n\n"
             f"[console]\n"
-            f"port = {self.console.port}  # on the loopback address only\n"
+            f"port = {self.console.port}  # on the loopback address only\n\n"
+            f"[patience]\n"
+            f"stage_seconds = {self.patience.stage_seconds}  # for the answers of one cryptographic stage\n"
+            f"absent_seconds = {self.patience.absent_seconds}  # in training, for a site that is away\n"
         )
 
     @property

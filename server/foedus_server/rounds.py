@@ -31,6 +31,7 @@ from foedus_common.protocol.effects import Arrived, Deadline, Dropped, Effects, 
 from foedus_common.protocol.masks import Words
 from foedus_common.protocol.thresholds import Thresholds, thresholds
 from foedus_common.terms import protocol_roster, round_terms
+from foedus_server.config import Patience
 
 STAGE_TYPES = ("query.keys", "query.shares", "query.mask", "query.survivors", "query.unmask")
 STAGE_NAMES = ("keys", "shares", "masked input", "consistency", "unmasking")
@@ -53,15 +54,27 @@ class RoundGrid(Protocol):
     def allow(self, ref: ObjectRef, sites: Collection[str]) -> None: ...
     def upload(self, site: str, ref: ObjectRef) -> Path: ...
     def discard(self, site: str, ref: ObjectRef) -> None: ...
+    def clear_uploads(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long the coordinator waits, in seconds: for one cryptographic stage, and in training for a site that has
-    been away so long that the others should not wait for it."""
+class Presence:
+    """Since when sites are away, over all rounds of a run: one that is long gone holds up no further round."""
 
-    stage: float = 20.0
-    absent: float = 60.0
+    def __init__(self, grid: RoundGrid, clock: Clock) -> None:
+        self._grid = grid
+        self._clock = clock
+        self._began = clock.monotonic()
+        self._last_seen: dict[str, float] = {}
+
+    def here(self) -> set[str]:
+        """The sites that are connected now."""
+        sites = {self._grid.site(node) for node in self._grid.get_node_ids()}
+        self._last_seen |= dict.fromkeys(sites, self._clock.monotonic())
+        return sites
+
+    def away(self, site: str) -> float:
+        """Seconds since the site was last seen or, if it never was, since the run was taken up."""
+        return self._clock.monotonic() - self._last_seen.get(site, self._began)
 
 
 @dataclass(frozen=True)
@@ -112,12 +125,14 @@ class Round:
         task: RoundTask,
         clock: Clock,
         patience: Patience,
+        presence: Presence,
         on_change: Callable[[str, RoundLog], None] = lambda stage, log: None,
     ) -> None:
         self._grid = grid
         self._task = task
         self._clock = clock
         self._patience = patience
+        self._presence = presence
         self._on_change = on_change
         self._terms = round_terms(task.agreed, task.round_plan, task.adapter)
         self.log = RoundLog()
@@ -207,7 +222,8 @@ class Round:
             sequence = state.sequence
             requests = {effect.destination: effect.envelope for effect in effects if isinstance(effect, Send)}
             effects = ()
-            for site, body in self._ask(STAGE_TYPES[sequence], STAGE_NAMES[sequence], requests, self._patience.stage):
+            seconds = self._patience.stage_seconds
+            for site, body in self._ask(STAGE_TYPES[sequence], STAGE_NAMES[sequence], requests, seconds):
                 state, following = session.step(state, Arrived(site, body))
                 effects += self._note(following)
             if isinstance(state, Awaiting) and state.sequence == sequence:
@@ -241,7 +257,6 @@ class Round:
         )
         waiting = dict(zip(ids, requests, strict=True))
         self.log.bytes_down += sum(map(len, requests.values()))
-        last_seen = dict.fromkeys(requests, started)
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
                 site = waiting.pop(reply.metadata.reply_to_message_id)
@@ -251,13 +266,11 @@ class Round:
                     body = body_of(reply)
                     self.log.bytes_up += len(body)
                     yield site, body
-            now = self._clock.monotonic()
-            last_seen |= dict.fromkeys(map(self._grid.site, self._grid.get_node_ids()), now)
-            left = started + seconds - now
+            self._presence.here()
+            left = started + seconds - self._clock.monotonic()
             if give_up_on_absent:
-                left = min(
-                    left, max((last_seen[s] for s in waiting.values()), default=now) + self._patience.absent - now
-                )
+                absent = min(map(self._presence.away, waiting.values()), default=0.0)
+                left = min(left, self._patience.absent_seconds - absent)
             if not waiting or left <= 0:
                 break
             self._grid.wait(min(left, 1.0))

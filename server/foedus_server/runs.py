@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from foedus_common.adapters import AdapterSpec, adapter_bytes, load_adapter, parse_spec, save_adapter
 from foedus_common.clock import Clock
-from foedus_common.errors import LocalError, Reason, RemoteError
+from foedus_common.errors import FoedusError, LocalError, Reason, RemoteError
 from foedus_common.identity import Roster, SignedPlan, SignedRoster
 from foedus_common.link.contents import body_of
 from foedus_common.objects import ObjectRef, ObjectStore
@@ -24,11 +24,15 @@ from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_server.aggregation import ServerOptimizer
+from foedus_server.config import Patience
 from foedus_server.link import LinkStopping
-from foedus_server.rounds import Aborted, Committed, Patience, Round, RoundGrid, RoundLog, RoundTask
-from foedus_server.store import Attempt, Run, Store
+from foedus_server.rounds import Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
+from foedus_server.store import Attempt, Run, RunState, Store
 
 logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+UNDER_WAY: tuple[RunState, ...] = ("inviting", "running", "stopping")
 
 ATTEMPTS = 6
 """Attempts at one round before the run is given up; the sites' own limit on retries is usually reached first."""
@@ -54,16 +58,17 @@ def conduct(coordinator: Coordinator, run_id: int, grid: RoundGrid) -> None:
         conductor.propose()
         for round_plan in schedule(conductor.agreed.plan)[run.rounds_done :]:
             conductor.round(round_plan)
-        coordinator.store.runs.move(run_id, ["running"], "finished")
+        coordinator.store.runs.move(run_id, ["running", "stopping"], "finished")
         conductor.tell_end(m.End.FINISHED)
     except LinkStopping:
         raise  # the run stays where it is, for the next start
     except RunStopped:
         coordinator.store.runs.move(run_id, ["stopping"], "stopped")
         conductor.tell_end(m.End.STOPPED)
-    except (LocalError, RemoteError) as error:
-        if coordinator.store.runs.run(run_id).state in ("inviting", "running"):
-            coordinator.store.runs.move(run_id, ["inviting", "running"], "failed", str(error))
+    except Exception as error:  # also a mistake of ours: taking the run up again would repeat it at the sites' expense
+        if coordinator.store.runs.run(run_id).state in UNDER_WAY:
+            reason = str(error) if isinstance(error, FoedusError) else "the coordinator's program failed; see its log"
+            coordinator.store.runs.move(run_id, UNDER_WAY, "failed", reason)
             conductor.tell_end(m.End.FAILED)
         raise
 
@@ -87,26 +92,30 @@ class _Conductor:
         self._spec: AdapterSpec = parse_spec(run.spec)
         self._proposed: dict[str, str] = {}
         self._willing: set[str] = set()
+        self._presence = Presence(grid, coordinator.clock)
 
     # --- The plan before the sites ---
 
     def propose(self) -> None:
         """Shows the plan to every site of the roster and waits for each one's decision, which people make.
 
-        The run begins when all have answered or, after the plan's approval_hours, when enough are willing. A run that
-        is taken up again waits only for the sites to come back.
+        The run begins when all have answered, or with those that are willing after the plan's approval_hours. One that
+        is taken up again needs no decisions: the others may take absent_seconds to come back, once enough are there.
         """
-        runs, plan = self._coordinator.store.runs, self.agreed.plan
+        runs, plan, clock = self._coordinator.store.runs, self.agreed.plan, self._coordinator.clock
+        fewest = plan.secure_aggregation.min_sites
         self._show()
+        began = clock.monotonic()
         resumed = runs.run(self._run_id).state == "running"
-        seconds = self._coordinator.patience.absent if resumed else plan.run.approval_hours * 3600
-        deadline = self._coordinator.clock.monotonic() + seconds
-        while self._proposed and self._coordinator.clock.monotonic() < deadline:
+        to_decide = plan.run.approval_hours * 3600
+        to_come_back = self._coordinator.patience.absent_seconds if resumed else to_decide
+        while self._proposed:
             self._check_stopped()
             self._take_decisions()
-            if self._proposed:
-                self._grid.wait(0.25)
-        fewest = plan.secure_aggregation.min_sites
+            enough = len(self._willing) >= fewest
+            if clock.monotonic() - began > (to_come_back if enough else to_decide):
+                break
+            self._grid.wait(LOOK_SECONDS)
         if len(self._willing) < fewest:
             raise LocalError(
                 f"{len(self._willing)} sites take part in {plan.run.name}, and its plan needs {fewest}; "
@@ -154,9 +163,7 @@ class _Conductor:
         """Attempts the round until it is committed. Raises LocalError when it is given up."""
         error: Exception | None = None
         for _ in range(ATTEMPTS):
-            self._check_stopped()
-            self._take_decisions()
-            self._follow_roster()
+            self._await_sites()
             attempt, result = self._attempt(round_plan)
             if isinstance(result, Committed):
                 self._commit(round_plan, attempt, result)
@@ -164,6 +171,24 @@ class _Conductor:
             error = result.error
             self._coordinator.store.runs.abort_attempt(attempt, str(error))
         raise LocalError(f"Round {round_plan.index + 1} was given up after {ATTEMPTS} attempts: {error}")
+
+    def _await_sites(self) -> None:
+        """Until as many sites are here as the plan needs; each may be away for as long as it may take to train."""
+        run, fewest = self.agreed.plan.run, self.agreed.plan.secure_aggregation.min_sites
+        began = self._coordinator.clock.monotonic()
+        while True:
+            self._check_stopped()
+            self._take_decisions()
+            self._follow_roster()
+            here = self._presence.here() & self._willing
+            if len(here) >= fewest:
+                return
+            if self._coordinator.clock.monotonic() - began > run.deadline_minutes * 60:
+                raise LocalError(
+                    f"For {run.deadline_minutes:g} minutes fewer than {fewest} of the sites that take part were "
+                    f"connected; there are {len(here)} now."
+                )
+            self._grid.wait(LOOK_SECONDS)
 
     def _attempt(self, round_plan: RoundPlan) -> tuple[Attempt, Committed | Aborted]:
         attempt = self._coordinator.store.runs.start_attempt(self._run_id, round_plan.index)
@@ -181,8 +206,13 @@ class _Conductor:
             self._check_stopped()
             self._coordinator.store.runs.save_attempt(_with_log(attempt, log))
 
-        one = Round(self._grid, task, self._coordinator.clock, self._coordinator.patience, save)
-        result = one.run()
+        self._grid.clear_uploads()  # of an earlier attempt: nobody will ever read them, and they use up the sites' room
+        one = Round(self._grid, task, self._coordinator.clock, self._coordinator.patience, self._presence, save)
+        try:
+            result = one.run()
+        except RunStopped:
+            self._coordinator.store.runs.abort_attempt(_with_log(attempt, one.log), "stopped by the operator")
+            raise
         for site, (reason, sentence) in one.log.dropped.items():
             logger.warning("round %d: %s dropped out (%s): %s", round_plan.index + 1, site, reason, sentence)
         return _with_log(attempt, one.log), result
@@ -259,7 +289,7 @@ class _Conductor:
         while waiting and self._coordinator.clock.monotonic() < deadline:
             waiting -= {reply.metadata.reply_to_message_id for reply in self._grid.pull_messages(waiting)}
             if waiting:
-                self._grid.wait(0.25)
+                self._grid.wait(LOOK_SECONDS)
 
     def _header(self, source: str, destination: str) -> wire.Header:
         return wire.Header(self._run_id, 0, 0, self.agreed.digest(), source, destination, sequence=0)

@@ -22,14 +22,12 @@ from foedus_server.app import server_app
 from foedus_server.config import Home
 from foedus_server.link import LinkServer, LinkStopping
 from foedus_server.registry import ApprovedSites, Registry
-from foedus_server.rounds import Patience
-from foedus_server.runs import Coordinator
+from foedus_server.runs import UNDER_WAY, Coordinator
 from foedus_server.store import Run
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-UNDER_WAY = ("inviting", "running", "stopping")
 
 
 class Service:
@@ -41,7 +39,7 @@ class Service:
         self._root_public_key = home.root_public_key()
         self._clock = clock
         objects = ObjectStore(home.objects)
-        self._coordinator = Coordinator(self._store, objects, clock, Patience(), self._roster)
+        self._coordinator = Coordinator(self._store, objects, clock, home.settings.patience, self._roster)
         self.link = LinkServer(
             address=home.settings.listen_address,
             enrol_address=home.settings.enrolment_listen_address,
@@ -81,23 +79,22 @@ class Service:
         thread.start()
 
     def _conduct(self, run: Run) -> None:
-        logger.info("run %s: under way, %d of %d rounds done", run.name, run.rounds_done, run.rounds)
         try:
             grid = self.link.grid(run.run_id, max_upload_bytes=self._largest_vector(run))
-        except FoedusError as error:
-            if self._complaints.get(run.run_id) != str(error):  # once, not at every look
-                logger.error("run %s: %s", run.name, error)
-            self._complaints[run.run_id] = str(error)
-            return
-        try:
-            server_app(self._coordinator)(grid=grid, context=context_of(run.run_id))
+            logger.info("run %s: under way, %d of %d rounds done", run.name, run.rounds_done, run.rounds)
+            try:
+                server_app(self._coordinator)(grid=grid, context=context_of(run.run_id))
+            finally:
+                grid.close()  # after a clean stop as well: the next attempt at the round uses no upload of this one
             logger.info("run %s: %s", run.name, self._store.runs.run(run.run_id).state)
         except LinkStopping:
             logger.info("run %s: waits for the next start", run.name)
         except FoedusError as error:
-            logger.error("run %s: %s", run.name, error)
-        finally:
-            grid.close()
+            if self._complaints.get(run.run_id) != str(error):  # once, not at every look
+                logger.error("run %s: %s", run.name, error)
+            self._complaints[run.run_id] = str(error)
+        except Exception:
+            logger.exception("run %s: failed for a reason that was not foreseen", run.name)
 
     def _largest_vector(self, run: Run) -> int:
         """Bytes that one site may have uploaded and not yet seen used: two vectors, for an attempt cut short."""

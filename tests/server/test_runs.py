@@ -1,0 +1,479 @@
+"""Runs and rounds over a grid without a network: real sites and ledgers, known updates, a clock that the test moves.
+
+What is lost, refused, stopped or started again; and that whatever is committed is the exact mean of its survivors.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+
+from foedus_client.app import client_app
+from foedus_client.ledger import Ledger
+from foedus_client.policy import SitePolicy
+from foedus_client.round import Site, SiteRounds
+from foedus_client.store import SiteStore
+from foedus_common.clock import ManualClock
+from foedus_common.errors import LocalError
+from foedus_common.identity import public_bytes
+from foedus_common.link.contents import context_of
+from foedus_common.objects import ObjectStore
+from foedus_common.plan import AgreedPlan
+from foedus_common.protocol.effects import Answered, AttemptSeen, VectorMasked
+from foedus_common.protocol.messages import AttemptId
+from foedus_common.randomness import RandomBytes
+from foedus_server.app import server_app
+from foedus_server.config import Patience
+from foedus_server.link import LinkStopping
+from foedus_server.runs import Coordinator
+from foedus_simulations.grids import InProcessGrid
+from known_sites import KnownTrainer, assert_sums_are_exact, join_site, plan_of, submit
+from operators import Operator
+from seeded import seeded
+from tiny_model import rows
+
+STAGES = ("query.keys", "query.shares", "query.mask", "query.survivors", "query.unmask")
+PATIENCE = Patience(stage_seconds=5, absent_seconds=20)
+NAMES = ("north", "east", "south", "west")
+
+Fault = Callable[[str, Message], None]
+"""Told each message before its site gets it; raises Gone where the site is to be lost."""
+
+
+class Gone(LocalError):
+    """The site ended in the middle; nobody answers."""
+
+
+class Grid(InProcessGrid):
+    """The simulations' grid with faults: who is gone stays silent until it is back, and waiting moves the clock."""
+
+    def __init__(self, run_id: int, objects: ObjectStore, clock: ManualClock) -> None:
+        super().__init__(run_id, objects)
+        self._clock = clock
+        self._unanswered: dict[str, Message] = {}
+        self.away: set[str] = set()
+        self.fault: Fault = lambda site, message: None
+        self.stops: Callable[[Message], bool] = lambda message: False
+        self.on_wait: Callable[[], None] = lambda: None
+
+    def get_node_ids(self) -> list[int]:
+        return [node for node in super().get_node_ids() if self.site(node) not in self.away]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        asked = list(messages)
+        if any(map(self.stops, asked)):
+            raise LinkStopping
+        return super().push_messages(asked)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [reply for reply in super().pull_messages(message_ids) if not reply.has_error()]
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        for each in (ids := list(message_ids)):
+            self._unanswered.pop(each, None)
+        super().forget(ids)
+
+    def wait(self, timeout: float) -> None:
+        self._clock.advance(timeout)
+        self.on_wait()
+
+    def reach(self, site: str, app: Any, objects: ObjectStore) -> None:
+        """From now on `app` answers for the site."""
+
+        def reached(message: Message, context: Context) -> Message:
+            if site in self.away:
+                raise Gone("away")
+            self.fault(site, message)
+            answer = app(message, context)
+            assert isinstance(answer, Message)
+            return answer
+
+        self.connect(site, reached, objects)  # type: ignore[arg-type]
+        self.away.discard(site)
+        self.redeliver(site)
+
+    def redeliver(self, site: str) -> None:
+        """Ask the site again what it left unanswered, as the link does when it comes back."""
+        for message_id, request in list(self._unanswered.items()):
+            if self.site(request.metadata.dst_node_id) == site:
+                self._replies[message_id] = self._answer(request)
+
+    def _answer(self, request: Message) -> Message:
+        reply = super()._answer(request)
+        if reply.has_error():
+            self._unanswered[request.metadata.message_id] = request
+        return reply
+
+
+class Consortium:
+    """A coordinator and its sites, in one process and one thread."""
+
+    def __init__(self, folder: Path, names: Sequence[str], **policy: Any) -> None:
+        self.clock = ManualClock()
+        self.operator = Operator(folder / "operator", self.clock)
+        self.objects = ObjectStore(self.operator.home.objects)
+        self.sites = {name: self._site(folder / name, name, policy) for name in names}
+        self.homes = {name: folder / name for name in names}
+        self.training: Callable[[str], RandomBytes] = lambda name: self.sites[name]["random"]
+        self.agreed: AgreedPlan
+        self.grid: Grid
+
+    def _site(self, home: Path, name: str, policy: dict[str, Any]) -> dict[str, Any]:
+        member = join_site(self.operator, home, name, self.clock, rows())
+        store = SiteStore(home / "site.db", self.clock)
+        return {
+            "member": member,
+            "policy": SitePolicy(**{"require_approval": False, "max_epsilon_lifetime": 40.0, **policy}),
+            "store": store,
+            "ledger": Ledger(store, self.clock, sign=member.key.sign),
+            "objects": ObjectStore(home / "objects"),
+            "clock": self.clock,
+            "random": seeded(f"site {name}"),
+        }
+
+    def submit(self, plan: Any, run_id: int = 7) -> AgreedPlan:
+        _, self.agreed = submit(self.operator.home, self.operator.store, plan, run_id)
+        self.grid = Grid(run_id, self.objects, self.clock)
+        for name in self.sites:
+            self.start_site(name)
+        return self.agreed
+
+    def start_site(self, name: str) -> None:
+        """Its program starts, or starts again after it was gone: what was only in memory is lost."""
+        facts = self.sites[name]
+        trainer = KnownTrainer(self.homes[name], self.agreed, self.training(name))
+        site = Site(courier=self.grid.courier(name), open_trainer=lambda agreed: trainer, **facts)
+        self.grid.reach(name, client_app(SiteRounds(site)), site.objects)
+
+    def conduct(self) -> str:
+        """Conducts the run until it ends or the coordinator stops; its state then."""
+        signed = self.operator.registry.roster()
+        assert signed is not None
+        roster = signed.verify(public_bytes(self.operator.home.root_key()), now=self.clock.now(), highest_epoch=0)
+        coordinator = Coordinator(self.operator.store, self.objects, self.clock, PATIENCE, lambda: (signed, roster))
+        with suppress(LocalError):  # the sentence is the run's reason
+            server_app(coordinator)(grid=self.grid, context=context_of(self.agreed.run_id))
+        return str(self.run.state)
+
+    @property
+    def run(self) -> Any:
+        return self.operator.store.runs.run(self.agreed.run_id)
+
+    @property
+    def attempts(self) -> list[tuple[int, int, str]]:
+        return [(a.round, a.attempt, a.state) for a in self.operator.store.runs.attempts(self.agreed.run_id)]
+
+    @property
+    def survivors(self) -> list[tuple[str, ...]]:
+        return [a.survivors for a in self.operator.store.runs.committed(self.agreed.run_id)]
+
+    def charges(self, name: str) -> list[tuple[int, str]]:
+        """(round, state) of each charge in the site's own ledger."""
+        return [(charge.round, charge.state) for charge in self.sites[name]["ledger"].run(self.agreed.run_id).charges]
+
+    def assert_sums_are_exact(self) -> None:
+        assert_sums_are_exact(self.operator, self.homes, self.agreed)
+
+
+Make = Callable[..., Consortium]
+
+
+@pytest.fixture
+def consortium() -> Iterator[Make]:
+    """In memory where there is a file system in memory: these tests are not about the disk, and sync it a lot."""
+    memory = Path("/dev/shm")
+    made: list[Consortium] = []
+
+    def make(names: Sequence[str] = NAMES, **policy: Any) -> Consortium:
+        made.append(Consortium(Path(folder), names, **policy))
+        return made[-1]
+
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield make
+        for each in made:
+            each.operator.close()
+            for site in each.sites.values():
+                site["store"].close()
+
+
+def once(site: str, message_type: str, act: Callable[[], None] = lambda: None) -> Fault:
+    """The site is lost when this message reaches it, the first time."""
+    done = []
+
+    def fault(name: str, message: Message) -> None:
+        if (name, message.metadata.message_type) == (site, message_type) and not done:
+            done.append(True)
+            act()
+            raise Gone("killed")
+
+    return fault
+
+
+# --- Commit ---
+
+
+def test_a_run_ends_with_every_round_committed_and_every_budget_settled(consortium: Make) -> None:
+    four = consortium()
+    four.submit(plan_of(rounds=3))
+    assert four.conduct() == "finished"
+    assert four.attempts == [(0, 0, "committed"), (1, 0, "committed"), (2, 0, "committed")]
+    assert four.survivors == [tuple(sorted(NAMES))] * 3
+    four.assert_sums_are_exact()
+    for name, site in four.sites.items():
+        assert four.charges(name) == [(0, "committed"), (1, "committed"), (2, "committed")]
+        assert not site["ledger"].run(7).open
+        assert site["store"].plan_of_run(7).state == "finished"
+    assert four.operator.events()[-2:] == ["round.committed", "run.finished"]
+
+
+def test_momentum_and_averaging_are_those_of_a_run_that_was_never_interrupted(consortium: Make) -> None:
+    """The optimiser's memory crosses a restart: adapters equal those of an uninterrupted run."""
+    changes: dict[str, Any] = {"aggregation": {"optimizer": "fedavgm", "momentum": 0.5, "average_last": 2}}
+    three = consortium(NAMES[:3])
+    three.training = lambda name: seeded(f"training at {name}")  # the same in both runs
+
+    three.submit(plan_of(rounds=3, **changes), run_id=7)
+    assert three.conduct() == "finished"
+    whole = [attempt.adapter for attempt in three.operator.store.runs.committed(7)]
+
+    three.submit(plan_of(rounds=3, **changes), run_id=8)
+    three.grid.stops = at(three, "train.invite", rounds_done=1)
+    assert three.conduct() == "running"
+    three.grid.stops = lambda message: False
+    assert three.conduct() == "finished"
+    assert [attempt.adapter for attempt in three.operator.store.runs.committed(8)] == whole
+
+
+def at(made: Consortium, message_type: str, rounds_done: int) -> Callable[[Message], bool]:
+    """The coordinator is told to stop as it is about to send this message in this round."""
+    return lambda message: made.run.rounds_done == rounds_done and message.metadata.message_type == message_type
+
+
+# --- Drop ---
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_of_four_is_lost_and_the_round_completes_without_it(consortium: Make, stage: str) -> None:
+    four = consortium()
+    four.submit(plan_of(rounds=2))
+    four.grid.fault = once("west", stage, lambda: four.grid.away.add("west"))
+    four.grid.on_wait = lambda: four.start_site("west") if four.run.rounds_done else None
+    assert four.conduct() == "finished"
+    assert four.attempts == [(0, 0, "committed"), (1, 0, "committed")]
+    delivered = stage in ("query.survivors", "query.unmask")  # its vector was there before it was lost
+    assert four.survivors[0] == tuple(sorted(NAMES if delivered else NAMES[:3]))
+    assert four.survivors[1] == tuple(sorted(NAMES))  # back in time for the second round
+    four.assert_sums_are_exact()
+    acknowledged = stage == "query.unmask"  # before, it may be in doubt: that counts as spent
+    assert four.charges("west") == [(0, "committed" if acknowledged else "released"), (1, "committed")]
+
+
+def test_a_site_that_is_long_gone_holds_up_one_round_and_no_more(consortium: Make) -> None:
+    four = consortium()
+    four.submit(plan_of(rounds=4))
+    four.grid.fault = once("west", "query.keys", lambda: four.grid.away.add("west"))
+    began = four.clock.monotonic()
+    assert four.conduct() == "finished"
+    waited = four.clock.monotonic() - began
+    assert PATIENCE.stage_seconds + PATIENCE.absent_seconds <= waited < 2 * PATIENCE.absent_seconds
+    assert four.survivors == [tuple(sorted(NAMES[:3]))] * 4
+
+
+def test_a_site_that_comes_back_takes_part_again(consortium: Make) -> None:
+    four = consortium()
+    four.submit(plan_of(rounds=4))
+
+    def fault(site: str, message: Message) -> None:
+        if message.metadata.message_type == "train.invite":
+            if four.run.rounds_done == 1 and site == "north":
+                four.grid.away.add("west")
+            if four.run.rounds_done == 3 and site == "north":
+                four.start_site("west")
+
+    four.grid.fault = fault
+    assert four.conduct() == "finished"
+    assert [len(sites) for sites in four.survivors] == [4, 3, 3, 4]
+    four.assert_sums_are_exact()
+
+
+def test_a_site_whose_policy_refuses_the_plan_is_left_out(consortium: Make) -> None:
+    four = consortium()
+    four.sites["west"]["policy"] = SitePolicy(require_approval=False, max_epsilon_per_run=0.5)
+    four.submit(plan_of(rounds=1))
+    assert four.conduct() == "finished"
+    assert four.survivors == [tuple(sorted(NAMES[:3]))]
+    assert four.sites["west"]["store"].plan_of_run(7).state == "declined"
+
+
+def test_a_run_that_too_few_accept_fails_with_a_sentence(consortium: Make) -> None:
+    three = consortium(NAMES[:3])
+    three.sites["south"]["policy"] = SitePolicy(require_approval=False, max_epsilon_per_run=0.5)
+    three.submit(plan_of(rounds=1))
+    assert three.conduct() == "failed"
+    assert three.run.reason.startswith("2 sites take part in icd-chapters, and its plan needs 3;")
+    assert not three.sites["north"]["ledger"].run(7).open  # what was set aside is returned
+
+
+@pytest.mark.parametrize("record", [AttemptSeen, VectorMasked, Answered])
+def test_an_answer_that_could_not_be_stored_is_never_given(
+    consortium: Make, monkeypatch: pytest.MonkeyPatch, record: type
+) -> None:
+    """The disk is full for a moment, then the same request comes again: stored before sent holds all the same."""
+    four = consortium()
+    store = four.sites["west"]["store"]
+    persist, failures = store.persist, []
+
+    def full_once(records: Sequence[Any]) -> None:
+        if isinstance(records[0], record) and not failures:
+            failures.append(True)
+            raise LocalError("The disk is full.")
+        persist(records)
+
+    monkeypatch.setattr(store, "persist", full_once)
+    four.submit(plan_of(rounds=1))
+    four.grid.on_wait = lambda: four.grid.redeliver("west")
+    assert four.conduct() == "finished"
+    assert failures
+    assert ("west" in four.survivors[0]) == (store.outbox(7, 0).masked_in is not None)
+    signed = store.answered(AttemptId(7, 0, 0))
+    assert ("west" in four.survivors[0]) == (signed is not None)
+    four.assert_sums_are_exact()
+
+
+# --- Abort and retry ---
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_of_three_is_lost_and_the_round_is_tried_again(consortium: Make, stage: str) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2))
+    three.grid.fault = once("south", stage, lambda: three.grid.away.add("south"))
+    three.grid.on_wait = lambda: three.start_site("south") if three.attempts == [(0, 0, "aborted")] else None
+    assert three.conduct() == "finished"
+    assert three.attempts == [(0, 0, "aborted"), (0, 1, "committed"), (1, 0, "committed")]
+    three.assert_sums_are_exact()
+    masked = STAGES.index(stage) >= STAGES.index("query.mask")  # whoever masked a vector has to make another one
+    again = [(0, "released"), (0, "released"), (1, "released")] if masked else [(0, "released"), (1, "released")]
+    assert [(index, "released") for index, _ in three.charges("north")] == again
+    lost = STAGES.index(stage) > STAGES.index("query.mask")
+    assert len(three.charges("south")) == (3 if lost else 2)
+
+
+def test_without_privacy_a_second_sum_of_one_round_is_refused(consortium: Make) -> None:
+    three = consortium(NAMES[:3], allow_without_privacy=True)
+    three.submit(plan_of(rounds=2, private=False))
+    three.grid.fault = once("south", "query.mask")
+    assert three.conduct() == "failed"
+    assert three.run.reason.startswith("Round 1 was given up after 6 attempts: ")
+    assert three.charges("north") == [(0, "released")]
+    assert not three.sites["north"]["ledger"].run(7).open
+
+
+def test_a_round_is_tried_again_only_while_the_plans_retries_last(consortium: Make) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2, secure_aggregation__retries=1))
+
+    def fault(site: str, message: Message) -> None:
+        if (site, message.metadata.message_type) == ("south", "query.survivors"):
+            three.start_site("south")
+            raise Gone("killed at the same place each time")
+
+    three.grid.fault = fault
+    assert three.conduct() == "failed"
+    assert three.charges("north") == [(0, "committed"), (0, "committed")]  # north had signed the survivors both times
+    assert three.survivors == []
+
+
+# --- Waiting, stopping, starting again ---
+
+
+def test_a_run_waits_until_enough_sites_are_connected(consortium: Make) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2))
+    three.grid.fault = once("south", "query.keys", lambda: three.grid.away.add("south"))
+    began = three.clock.monotonic()
+
+    def come_back() -> None:
+        if three.clock.monotonic() - began > 50 and "south" in three.grid.away:
+            three.start_site("south")
+
+    three.grid.on_wait = come_back
+    assert three.conduct() == "finished"
+    assert three.attempts == [(0, 0, "aborted"), (0, 1, "committed"), (1, 0, "committed")]  # not one a second
+
+
+def test_a_run_is_given_up_when_nobody_comes_back(consortium: Make) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2))
+    three.grid.fault = once("south", "query.keys", lambda: three.grid.away.add("south"))
+    assert three.conduct() == "failed"
+    assert three.run.reason == (
+        "For 1 minutes fewer than 3 of the sites that take part were connected; there are 2 now."
+    )
+
+
+@pytest.mark.parametrize("stage", ["train.invite", *STAGES])
+def test_a_restarted_coordinator_goes_on_from_the_last_committed_round(consortium: Make, stage: str) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2))
+    three.grid.stops = at(three, stage, rounds_done=1)
+    assert three.conduct() == "running"
+    first = three.operator.store.runs.committed(7)
+    assert [attempt.round for attempt in first] == [0]
+    three.grid.stops = lambda message: False
+    assert three.conduct() == "finished"
+    assert three.attempts == [(0, 0, "committed"), (1, 0, "aborted"), (1, 1, "committed")]
+    assert three.operator.store.runs.committed(7)[:1] == first
+    three.assert_sums_are_exact()
+    assert "round.interrupted" in three.operator.events()
+
+
+def test_a_restarted_coordinator_waits_for_its_sites_to_come_back(consortium: Make) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2))
+    three.grid.stops = at(three, "train.invite", rounds_done=1)
+    assert three.conduct() == "running"
+    three.grid.stops = lambda message: False
+    three.grid.away.add("south")
+    began = three.clock.monotonic()
+
+    def come_back() -> None:
+        if three.clock.monotonic() - began > 2 * PATIENCE.absent_seconds:
+            three.start_site("south")
+
+    three.grid.on_wait = come_back
+    assert three.conduct() == "finished"
+
+
+def test_a_stopped_run_leaves_no_attempt_open_and_no_budget_reserved(consortium: Make) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=3))
+
+    def stop(site: str, message: Message) -> None:
+        if three.run.rounds_done == 1 and three.run.state == "running":
+            three.operator.store.runs.move(7, ["running"], "stopping", "stopped by the operator")
+
+    three.grid.fault = stop
+    assert three.conduct() == "stopped"
+    assert three.attempts == [(0, 0, "committed"), (1, 0, "aborted")]
+    for site in three.sites.values():
+        assert not site["ledger"].run(7).open
+        assert site["store"].plan_of_run(7).state == "stopped"
+
+
+def test_a_mistake_of_ours_ends_the_run_instead_of_repeating_it(
+    consortium: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=1))
+    monkeypatch.setattr("foedus_server.runs.ServerOptimizer.step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        three.conduct()
+    assert (three.run.state, three.run.reason) == ("failed", "the coordinator's program failed; see its log")
+    assert three.sites["north"]["store"].plan_of_run(7).state == "stopped"
