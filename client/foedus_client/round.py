@@ -37,7 +37,8 @@ from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.effects import Abort, Erase, Persist, Send
 from foedus_common.protocol.masks import Words
-from foedus_common.protocol.site_session import Agreed, Finished, SiteSession, SiteState
+from foedus_common.protocol.site_session import SiteSession
+from foedus_common.protocol.site_stages import Agreed, Finished, SiteState
 from foedus_common.protocol.thresholds import PeerRule
 from foedus_common.randomness import RandomBytes
 from foedus_common.terms import protocol_roster, round_terms
@@ -212,7 +213,7 @@ class SiteRounds:
             logger.warning("run %d, round %d: %s", attempt.run_id, attempt.round + 1, error)
             return self._answer(envelope.header, m.Declined())
         state, effects = session.step(state, request)
-        self._sessions[attempt.run_id] = (attempt, session, state)
+        self._sessions.pop(attempt.run_id, None)  # should an effect fail, then this is a crash: only the disk counts
         answer = self._answer(envelope.header, m.Declined())
         for effect in effects:
             match effect:
@@ -225,6 +226,7 @@ class SiteRounds:
                         self._site.objects.delete(ObjectRef(ref.digest.hex(), ref.size))
                 case Abort(why):
                     logger.warning("run %d, round %d: stopped: %s", attempt.run_id, attempt.round + 1, why)
+        self._sessions[attempt.run_id] = (attempt, session, state)
         if isinstance(state.stage, Agreed | Finished):  # the coordinator named this site a survivor: it has the vector
             self._site.ledger.commit(attempt.run_id, attempt.round)
         return answer
