@@ -4,6 +4,12 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Examples are the same in every run, and how long one takes on a busy machine says nothing.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")

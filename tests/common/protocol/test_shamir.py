@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from foedus_common.errors import LocalError, Reason, RemoteError
@@ -75,7 +75,6 @@ def test_single_bits_of_a_share_are_fair_coins_whatever_the_secret():
             assert abs(sum(share >> bit & 1 for share in shares) - 200) < 50
 
 
-@settings(deadline=None)
 @given(sharings(), st.data())
 def test_wrong_shares_are_corrected_and_named(sharing, data):
     secret, threshold, shares = sharing

@@ -571,7 +571,7 @@ def asked(request, federation):
     return world
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_mutated_request_is_refused(asked, mutations, data):
     session, state, honest = asked.sessions[SITE], asked.states[SITE], asked.requests[SITE]

@@ -106,7 +106,7 @@ def test_a_message_comes_back_as_it_was(kind, data):
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_mutated_bytes_are_refused_or_have_one_reading(kind, mutations, data):
     mutated = data.draw(mutations(build(data.draw(HEADERS), data.draw(MESSAGES[kind]))))
