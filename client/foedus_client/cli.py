@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -77,13 +78,13 @@ def choose_home(
 @app.command()
 def join(
     context: typer.Context,
-    token: Annotated[str, typer.Argument(help="The one token that the operator gave you.")],
+    token: Annotated[str, typer.Argument(help="The operator's token; - reads it from standard input.")],
     as_json: Json = False,
 ) -> None:
     """Make this site's keys and join the federation that the token names."""
     from foedus_client import link  # gRPC and Flower take a second to import
 
-    invitation = decode_token(token)
+    invitation = decode_token(sys.stdin.readline().strip() if token == "-" else token)
     home = config.SiteHome.create(context.obj)
     shown = threading.Event()
 

@@ -138,6 +138,12 @@ def _about_privacy(agreed: AgreedPlan, policy: SitePolicy, account: Account | No
         if not policy.allow_without_privacy:
             yield "The plan turns differential privacy off, and [policy] allow_without_privacy is false."
         return
+    privacy = agreed.plan.privacy
+    if privacy.epsilon is not None and privacy.delta is not None:
+        truth = commitment.epsilon(privacy.delta)
+        if truth > privacy.epsilon:
+            stated = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
+            yield f"The plan says {stated}, but its noise gives {truth:.4g}."
     epsilon = commitment.epsilon(policy.delta)
     if epsilon > policy.max_epsilon_per_run:
         yield (

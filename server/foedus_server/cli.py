@@ -14,7 +14,17 @@ import typer
 from foedus_common import journal, terminal
 from foedus_common.clock import SystemClock, iso
 from foedus_common.errors import LocalError
-from foedus_common.identity import fingerprint, public_pem, read_key, read_public_key
+from foedus_common.identity import (
+    MAX_ROSTER_BYTES,
+    SIGNATURE_BYTES,
+    Roster,
+    SignedRoster,
+    fingerprint,
+    parse_roster,
+    public_pem,
+    read_key,
+    read_public_key,
+)
 from foedus_common.plan import read_plan
 from foedus_common.randomness import system_random
 from foedus_common.terminal import console, print_facts, print_json, print_table
@@ -216,24 +226,69 @@ def site_revoke(context: typer.Context, name: str, as_json: Json = False) -> Non
     console.print(f"{name} is revoked. Next: foedus roster sign --root-key FILE, so that the other sites know.")
 
 
+@roster_app.command("draft")
+def roster_draft(context: typer.Context, to: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+    """Write the list of approved sites, to be carried to the machine with the root key."""
+    roster = registry(context).draft_roster()
+    to.write_bytes(roster.canonical())
+    console.print(f"{to} holds epoch {roster.epoch} with {len(roster.sites)} sites.")
+    console.print(f"Next, where the root key is: foedus roster sign --root-key FILE --draft {to.name} --to SIGNED")
+
+
 @roster_app.command("sign")
 def roster_sign(
     context: typer.Context,
     root_key: Annotated[
         Path | None, typer.Option(help="The root's private key; in a demonstration it lies in the home.")
     ] = None,
+    draft: Annotated[Path | None, typer.Option(help="A draft from `roster draft`; then no home is needed.")] = None,
+    to: Annotated[Path | None, typer.Option(help="With --draft: where the signed roster goes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Sign the list of approved sites with the root key, and give it out from now on."""
+    """Sign the list of members with the root key: a draft from elsewhere, or this home's, which then counts at once."""
+    if draft is not None or to is not None:
+        if draft is None or to is None or root_key is None:
+            raise LocalError("Away from the coordinator give all three: --root-key FILE, --draft FILE and --to FILE.")
+        roster = parse_roster(read_limited(draft, MAX_ROSTER_BYTES))
+        to.write_bytes(SignedRoster.sign(roster, read_key(root_key)).to_bytes())
+        _show_roster(roster, as_json)
+        return
     home = config.Home.open(context.obj)
-    key = home.root_key() if root_key is None else read_key(root_key)
-    roster = registry(context).sign_roster(key)
-    sites = [site.name for site in roster.sites]
-    if as_json:
-        return print_json({"epoch": roster.epoch, "sites": sites, "not_after": iso(roster.not_after)})
-    print_facts({"epoch": roster.epoch, "sites": ", ".join(sites), "not after": iso(roster.not_after)})
-    if home.demonstration:
+    _show_roster(registry(context).sign_roster(home.root_key() if root_key is None else read_key(root_key)), as_json)
+    if home.demonstration and not as_json:
         console.print("Demonstration only: the root key was on this machine.")
+
+
+@roster_app.command("install")
+def roster_install(
+    context: typer.Context,
+    signed: Annotated[Path, typer.Argument(help="What `roster sign --to` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Give out a roster that was signed elsewhere, from now on."""
+    data = read_limited(signed, MAX_ROSTER_BYTES + SIGNATURE_BYTES)
+    _show_roster(registry(context).install_roster(SignedRoster.from_bytes(data)), as_json)
+
+
+def _show_roster(roster: Roster, as_json: bool) -> None:
+    if as_json:
+        sites = [site.name for site in roster.sites]
+        return print_json({"epoch": roster.epoch, "sites": sites, "not_after": iso(roster.not_after)})
+    print_facts({"epoch": roster.epoch, "not after": iso(roster.not_after)})
+    rows = [(site.name, site.org, fingerprint(site.public_key)) for site in roster.sites]
+    print_table(["site", "organisation", "fingerprint"], rows, "No site is in it.")
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """A small file. Raises LocalError when it cannot be read or is larger than `limit` bytes."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise LocalError(f"{path} cannot be read: {error.strerror}.") from None
+    if len(data) > limit:
+        raise LocalError(f"{path} is larger than the {limit} bytes that such a file can have.")
+    return data
 
 
 # --- Models and plans ---

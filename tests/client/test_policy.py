@@ -22,6 +22,8 @@ from plans import agreed_plan
 MODEL = "a" * 64
 PLAN = agreed_plan()
 EPSILON = accounting.epsilon(accounting.events_of(PLAN), 1e-5)
+UNTRUE = replace(PLAN, noise_multipliers=(1.0, 1.0))
+ROOMY = {"max_epsilon_per_run": 900.0, "max_epsilon_lifetime": 900.0}
 POLICY = SitePolicy(max_epsilon_per_run=EPSILON, max_epsilon_lifetime=EPSILON)
 FACTS = Facts("St. Mary", {"mary": "St. Mary", "north": "North Clinic"}, frozenset({MODEL}), 0)
 FRESH = Account("coding-terms", ("coding-terms",))
@@ -60,6 +62,7 @@ EXCEEDED: list[tuple[str, dict[str, Any], str]] = [
     ("tasks", {"policy": {"tasks": ()}}, "not among \\[policy\\] tasks"),
     ("max_rank", {"policy": {"max_rank": 3}}, "rank 4, and \\[policy\\] max_rank is 3"),
     ("allow_without_privacy", {"plan": BARE}, "allow_without_privacy is false"),
+    ("stated epsilon", {"plan": UNTRUE, "policy": ROOMY}, "its noise gives"),
     ("trainer", {"plan": replace(PLAN, trainer_version="foedus-trainer/2")}, "foedus-trainer/2"),
     ("model here", {"facts": {"models": frozenset()}}, "foedus-site model add"),
     ("dataset here", {"account": None}, "foedus-site data add"),
