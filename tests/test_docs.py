@@ -136,7 +136,7 @@ def check_call(call: str) -> None:
     for word in (rest := iter(words)):
         if word == "--help":
             return
-        if word.startswith("-"):
+        if word.startswith("-") and word != "-":  # a lone dash is standard input
             option, _, value = word.partition("=")
             assert option in options, f"`{call}`: there is no option {option}"
             if options[option] and not value:
