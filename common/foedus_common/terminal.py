@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from foedus_common.errors import FoedusError, RemoteError
 
@@ -55,12 +56,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: st
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # as it is: a name may look like markup
     console.print(table)
+
+
+def print_line(text: str) -> None:
+    """A sentence as it is: brackets are no markup, and only a terminal breaks lines."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Names and values, one a line."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        console.print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)
+        print_line(f"{name:<{width}}  {value}")

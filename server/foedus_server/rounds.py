@@ -195,7 +195,7 @@ class Round:
         """Raises LocalError when too few sites are ready for a sum that hides each of them."""
         fewest = self._task.agreed.plan.secure_aggregation.min_sites
         if len(cohort) < fewest:
-            raise LocalError(f"{len(cohort)} sites were ready for the round, and the plan needs {fewest}.")
+            raise LocalError(f"Sites ready for the round: {len(cohort)}; the plan needs {fewest}.")
         return thresholds(len(cohort), self._terms.colluding)
 
     def _config(self, cohort: tuple[str, ...], limits: Thresholds) -> m.RoundConfig:

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from foedus_common.terminal import console
+from foedus_common.terminal import console, print_line
 from foedus_server.store import Attempt, Run, Store
 
 LOOK_SECONDS = 0.25
@@ -35,7 +36,7 @@ def follow(store: Store, run_id: int) -> Run:
             if run.state in ENDED:
                 break
             threading.Event().wait(LOOK_SECONDS)
-    console.print(_ending(run))
+    print_line(_ending(run))
     return run
 
 
@@ -44,13 +45,13 @@ def _follow_in_lines(store: Store, run_id: int) -> Run:
     while True:
         run = store.runs.run(run_id)
         for attempt in store.runs.committed(run_id)[told:]:
-            console.print(
+            print_line(
                 f"round {attempt.round + 1} of {run.rounds}: {len(attempt.survivors)} sites, "
                 f"{sum(attempt.seconds.values()):.1f} s"
             )
             told += 1
         if run.state in ENDED:
-            console.print(_ending(run))
+            print_line(_ending(run))
             return run
         threading.Event().wait(LOOK_SECONDS)
 
@@ -58,7 +59,7 @@ def _follow_in_lines(store: Store, run_id: int) -> Run:
 def show(store: Store, run_id: int) -> None:
     """The whole run, once."""
     run = store.runs.run(run_id)
-    console.print(_ending(run) if run.state in ENDED else f"{run.name}: {_note(run, store.runs.attempts(run_id))}")
+    print_line(_ending(run) if run.state in ENDED else f"{run.name}: {_note(run, store.runs.attempts(run_id))}")
     console.print(rounds_table(store.runs.attempts(run_id)))
 
 
@@ -74,7 +75,7 @@ def rounds_table(attempts: Sequence[Attempt]) -> RenderableType:
         table.add_row(
             str(attempt.round + 1),
             str(attempt.attempt + 1),
-            attempt.state if attempt.reason is None else f"{attempt.state}: {attempt.reason}",
+            Text(attempt.state if attempt.reason is None else f"{attempt.state}: {attempt.reason}"),
             sites,
             f"{training:.2f} s",
             f"{secure:.2f} s",
@@ -93,7 +94,7 @@ def _note(run: Run, attempts: Sequence[Attempt]) -> str:
 
 def _ending(run: Run) -> str:
     reason = f": {run.reason}" if run.reason else ""
-    return f"{run.name} is {run.state} after {run.rounds_done} of {run.rounds} rounds{reason}"
+    return f"{run.name} {run.state} after {run.rounds_done} of {run.rounds} rounds{reason}"
 
 
 def _bytes(count: int) -> str:
