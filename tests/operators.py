@@ -19,10 +19,12 @@ from seeded import seeded
 class Operator:
     """A demonstration's operator: the root key is at hand. The clock moves when told to, unless another is given."""
 
-    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
+    def __init__(self, folder: Path, clock: Clock | None = None, settings: Settings | None = None) -> None:
         self.clock: Any = clock or ManualClock()
         self.random = seeded(folder.name)
-        self.home = init(folder, Settings("Test"), root_public_key=None, random=self.random, clock=self.clock)
+        self.home = init(
+            folder, settings or Settings("Test"), root_public_key=None, random=self.random, clock=self.clock
+        )
         self.store = self.home.store(self.clock)
         self.registry = Registry(self.home, self.store, self.clock, self.random)
 

@@ -1,0 +1,41 @@
+"""Fixtures of tests that start real processes."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from foedus_client.policy import SitePolicy
+from processes import Cluster
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cluster" in item.path.parts:
+            item.add_marker(pytest.mark.cluster)
+
+
+MakeCluster = Callable[[Mapping[str, SitePolicy]], Cluster]
+
+
+@pytest.fixture(scope="module")
+def make_cluster() -> Iterator[MakeCluster]:
+    """In memory where there is a file system in memory; whatever was started is stopped in the end."""
+    memory = Path("/dev/shm")
+    made: list[Cluster] = []
+
+    def make(policies: Mapping[str, SitePolicy]) -> Cluster:
+        made.append(Cluster.make(Path(folder), policies))
+        return made[-1]
+
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield make
+        for cluster in made:
+            cluster.stop()
+            cluster.operator.close()
