@@ -98,7 +98,7 @@ class Charge:
 
 @dataclass(frozen=True)
 class Run:
-    """A run on an account: what it may release, and what it has. delta: the site's own when it was approved."""
+    """A run on an account: what it may release, and what it has. delta: the site's own when it was last approved."""
 
     commitment: Commitment
     delta: float
@@ -259,6 +259,8 @@ def _after(run: Run, number: int, event: Mapping[str, Any]) -> Run:
             return _marked(run, event["charge"], "committed")
         case "close_run":
             return dataclasses.replace(run, open=False)
+        case "reopen_run":
+            return dataclasses.replace(run, open=True, delta=event["site_delta"])
         case unknown:
             raise LocalError(f"The ledger has an entry {unknown!r} that this program does not know.")
 

@@ -58,6 +58,19 @@ class Approval:
         self._waiting(digest)
         self.store.decide_plan(digest, "declined", by)
 
+    def withdraw(self, digest: bytes, by: str) -> None:
+        """Leave an approved plan for good: no further round is trained, and what was never released returns.
+
+        Raises LocalError when the plan is not approved.
+        """
+        with self.store.transaction("withdraw"):
+            stored = self.store.plan(digest)
+            if stored is None or stored.state != "approved":
+                state = "unknown here" if stored is None else stored.state
+                raise LocalError(f"The plan is {state}, so there is nothing to withdraw from; see `foedus-site plans`.")
+            self.ledger.close_run(stored.run_id)
+            self.store.decide_plan(digest, "withdrawn", by)
+
     def _waiting(self, digest: bytes) -> AgreedPlan:
         stored = self.store.plan(digest)
         if stored is None or stored.state != "pending":

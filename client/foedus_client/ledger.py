@@ -105,11 +105,12 @@ class Ledger:
     # --- A run ---
 
     def reserve_run(self, agreed: AgreedPlan, budget: Budget, *, capped: bool = True) -> None:
-        """Set aside all that the run may release; again for the same plan changes nothing.
+        """Set aside all that the run may release; again for an open run changes nothing.
 
-        budget: of the dataset's life. capped=False only where site policy allows runs without privacy and no cap can
-        hold. Raises PolicyRefusal when the budget does not admit the run, LocalError for an unknown dataset, a closed
-        run, or a run id that another plan has.
+        A run that was closed is opened again: what it released stays spent, what it trained stays counted, and the
+        whole of it has to fit once more. budget: of the dataset's life. capped=False only where site policy allows runs
+        without privacy and no cap can hold. Raises PolicyRefusal when the budget does not admit the run, LocalError for
+        an unknown dataset, or a run id that another plan has.
         """
         commitment = Commitment.of(agreed)
         with self._store.transaction("reserve run"):
@@ -117,15 +118,16 @@ class Ledger:
             known = next(
                 (a.runs[commitment.run_id] for a in self.accounts().values() if commitment.run_id in a.runs), None
             )
-            if known:
-                if known.commitment != commitment or not known.open:
-                    raise LocalError(
-                        f"Run {commitment.run_id} is closed in the ledger, or is there under another plan."
-                    )
+            if known and known.commitment != commitment:
+                raise LocalError(f"Run {commitment.run_id} is in the ledger under another plan.")
+            if known and known.open:
                 return
             if capped and not account.admits(commitment, budget):
                 raise PolicyRefusal([beyond(account, commitment, budget)])
-            self._append("reserve_run", **reservation(commitment, budget.delta))
+            if known:
+                self._append("reopen_run", run_id=commitment.run_id, site_delta=budget.delta)
+            else:
+                self._append("reserve_run", **reservation(commitment, budget.delta))
 
     def reserve_round(self, run_id: int, round_index: int) -> int:
         """Charge one training of a round, before data is opened; gives the charge's number.

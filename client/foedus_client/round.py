@@ -38,7 +38,7 @@ from foedus_common.protocol import wire
 from foedus_common.protocol.effects import Abort, Erase, Persist, Send
 from foedus_common.protocol.masks import Words
 from foedus_common.protocol.site_session import SiteSession
-from foedus_common.protocol.site_stages import Agreed, Finished, SiteState
+from foedus_common.protocol.site_stages import Advertised, Agreed, Finished, Masked, Shared, SiteState
 from foedus_common.protocol.thresholds import PeerRule
 from foedus_common.randomness import RandomBytes
 from foedus_common.terms import protocol_roster, round_terms
@@ -46,6 +46,7 @@ from foedus_common.terms import protocol_roster, round_terms
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
+SUMMING = (Advertised, Shared, Masked, Agreed)
 
 
 class Trainer(Protocol):
@@ -75,7 +76,8 @@ class Member(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """Everything a round needs of its site. `stopping` is set when the daemon goes down."""
+    """Everything a round needs of its site. `pausing` is set when no new round is to begin, `stopping` when the daemon
+    goes down."""
 
     member: Member
     policy: SitePolicy
@@ -86,6 +88,7 @@ class Site:
     open_trainer: Callable[[AgreedPlan], Trainer]
     clock: Clock
     random: RandomBytes
+    pausing: threading.Event = field(default_factory=threading.Event)
     stopping: threading.Event = field(default_factory=threading.Event)
 
 
@@ -96,6 +99,7 @@ class SiteRounds:
         self._site = site
         self._sessions: dict[int, tuple[m.AttemptId, SiteSession, SiteState]] = {}
         self._trainers: dict[int, Trainer] = {}
+        self._training: set[int] = set()
 
     # --- A plan arrives ---
 
@@ -129,6 +133,8 @@ class SiteRounds:
         site, digest = self._site, agreed.digest()
         stored = site.store.plan(digest)
         assert stored is not None  # `_receive_plan` stored it
+        if stored.state == "stopped":  # the operator takes the run up again: whether this site does is a new decision
+            stored = site.store.decide_plan(digest, "pending", by="coordinator")
         if stored.state == "pending":
             approval = Approval(
                 site.member.name, site.member.roster(site.clock.now()), site.policy, site.store, site.ledger
@@ -151,11 +157,17 @@ class SiteRounds:
         """Ready when this round's vector is in the outbox, Declined when the site does not take part in the round."""
         envelope = self._open(request)
         header = envelope.header
+        if self._site.pausing.is_set():
+            self._site.stopping.wait()
+            raise LocalError("the site pauses; the coordinator will ask again.")
+        self._training.add(header.run_id)
         try:
             self._make_vector(envelope)
         except FoedusError as error:
             logger.warning("run %d, round %d: declined: %s", header.run_id, header.round + 1, error)
             return self._answer(header, m.Declined())
+        finally:
+            self._training.discard(header.run_id)
         logger.info("run %d, round %d: ready", header.run_id, header.round + 1)
         return self._answer(header, m.Ready())
 
@@ -183,6 +195,7 @@ class SiteRounds:
             raise RemoteError(Reason.WRONG_STAGE, f"a {type(invite).__name__} came where an invitation belongs")
         stored = site.store.plan(header.binding)
         if stored is None or stored.state != "approved" or stored.run_id != header.run_id:
+            self._let_go(header.run_id)
             raise RemoteError(Reason.CONFIG_MISMATCH, "the invitation names a plan that is not approved here")
         if (invite.plan, invite.plan_signature) != (stored.canonical, stored.signature):
             raise RemoteError(Reason.CONFIG_MISMATCH, "the invitation carries another plan than was approved")
@@ -237,9 +250,10 @@ class SiteRounds:
         if known and known[0] == attempt:
             return known[1:]
         site = self._site
+        plan = site.store.plan_of_run(attempt.run_id)
         outbox = site.store.outbox(attempt.run_id, attempt.round)
-        if outbox is None:
-            raise RemoteError(Reason.WRONG_STAGE, "no vector of this round is in the outbox")
+        if plan is None or plan.state != "approved" or outbox is None:
+            raise RemoteError(Reason.WRONG_STAGE, "no vector of this round is in the outbox of an approved plan")
         session = SiteSession(
             site=site.member.name,
             sign=site.member.key.sign,
@@ -266,15 +280,29 @@ class SiteRounds:
         envelope = self._open(request)
         header, site = envelope.header, self._site
         stored = site.store.plan(header.binding)
+        if isinstance(envelope.message, m.RunEnded) and stored and stored.run_id == header.run_id:
+            self._let_go(header.run_id)
         if isinstance(envelope.message, m.RunEnded) and stored and stored.state == "approved":
             end = envelope.message.end
-            self._sessions.pop(header.run_id, None)
-            if trainer := self._trainers.pop(header.run_id, None):
-                trainer.stop()
             site.ledger.close_run(header.run_id)
             site.store.decide_plan(stored.digest, "finished" if end == m.End.FINISHED else "stopped", by="coordinator")
             logger.info("run %d: %s", header.run_id, end)
         return self._answer(header, m.Ready())
+
+    def _let_go(self, run_id: int) -> None:
+        self._sessions.pop(run_id, None)
+        if trainer := self._trainers.pop(run_id, None):
+            trainer.stop()
+
+    @property
+    def training(self) -> bool:
+        """Whether a round is being trained; cut off now, it would cost its run a retry."""
+        return bool(self._training)
+
+    @property
+    def summing(self) -> bool:
+        """Whether a secure sum is under way that this site would be missed in."""
+        return any(isinstance(state.stage, SUMMING) for _, _, state in list(self._sessions.values()))
 
     def stop(self) -> None:
         """The daemon goes down: trainers end; everything that matters is on disk."""

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from foedus_client.schema import NEXT, SCHEMA, SCHEMA_VERSION, PlanState
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
 from foedus_common.journal import START, Checkpoint, Entry
@@ -26,100 +27,7 @@ from foedus_common.protocol.messages import AttemptId, RoundTerms, VectorRef
 from foedus_common.protocol.site_stages import Outbox
 from foedus_common.protocol.wire import parse_terms, terms_bytes
 
-SCHEMA_VERSION = 1
 BUSY_SECONDS = 20.0
-
-SCHEMA = """
--- Times are Unix seconds (REAL). Hashes are SHA-256: 32 bytes as BLOB, 64 digits as TEXT.
-
-CREATE TABLE meta (             -- single values; overwritten
-    key   TEXT PRIMARY KEY,
-    value TEXT NOT NULL
-) WITHOUT ROWID;
-
-CREATE TABLE models (           -- model folders of this machine; a row is written once
-    manifest_sha256 TEXT PRIMARY KEY,
-    name            TEXT NOT NULL UNIQUE,
-    path            TEXT NOT NULL,
-    added_at        REAL NOT NULL
-) WITHOUT ROWID;
-
-CREATE TABLE datasets (         -- a row is written once: a file that changed is another dataset
-    name         TEXT PRIMARY KEY,
-    account      TEXT NOT NULL, -- ledger line; shared by datasets that share rows
-    path         TEXT NOT NULL,
-    text_column  TEXT NOT NULL,
-    label_column TEXT NOT NULL,
-    file_sha256  TEXT NOT NULL,
-    rows_sha256  TEXT NOT NULL UNIQUE, -- of the rows in any order
-    rows         INTEGER NOT NULL,
-    label_counts TEXT NOT NULL, -- JSON object: label -> rows; never leaves this machine
-    row_keys     BLOB NOT NULL, -- 16 bytes of each row's hash, sorted: finds datasets that share rows
-    added_at     REAL NOT NULL
-);
-
-CREATE TABLE plans (            -- what was signed is written once; state moves forward
-    digest      BLOB PRIMARY KEY,
-    run_id      INTEGER NOT NULL UNIQUE,
-    canonical   BLOB NOT NULL,
-    signature   BLOB NOT NULL,
-    received_at REAL NOT NULL,
-    state       TEXT NOT NULL CHECK (state IN ('pending', 'approved', 'declined', 'finished', 'stopped')),
-    decided_at  REAL,
-    decided_by  TEXT            -- 'policy', or the person's user name
-);
-
-CREATE TABLE ledger (           -- append-only, hash-chained (foedus_common.journal)
-    number    INTEGER PRIMARY KEY,
-    body      BLOB NOT NULL,    -- canonical JSON
-    head      BLOB NOT NULL,
-    signature BLOB NOT NULL     -- 64 bytes, the site's, over number and head
-);
-CREATE TRIGGER ledger_is_never_updated BEFORE UPDATE ON ledger BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER ledger_is_never_deleted BEFORE DELETE ON ledger BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-
-CREATE TABLE outbox (           -- vectors stored for sending; written once, then masked once, then acknowledged
-    charge         INTEGER PRIMARY KEY REFERENCES ledger (number), -- the reserve that pays for the vector
-    run_id         INTEGER NOT NULL,
-    round          INTEGER NOT NULL,
-    terms          BLOB NOT NULL,    -- RoundTerms: plan digest, adapter hash, phase, layout
-    vector_sha256  BLOB NOT NULL,
-    vector_size    INTEGER NOT NULL, -- bytes
-    masked_attempt INTEGER,          -- NULL until it is masked; then never changed
-    masked_sha256  BLOB,
-    masked_size    INTEGER,          -- bytes
-    acknowledged   INTEGER NOT NULL DEFAULT 0,
-    stored_at      REAL NOT NULL
-);
-CREATE INDEX outbox_by_round ON outbox (run_id, round);
-CREATE TRIGGER vector_is_masked_once BEFORE UPDATE OF masked_attempt ON outbox WHEN OLD.masked_attempt IS NOT NULL
-BEGIN SELECT RAISE(ABORT, 'masked before'); END;
-
-CREATE TABLE attempts (         -- attempts whose A0 was accepted; written once
-    run_id  INTEGER NOT NULL,
-    round   INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    PRIMARY KEY (run_id, round, attempt)
-) WITHOUT ROWID;
-
-CREATE TABLE answers (          -- what was answered in an attempt; written once
-    run_id   INTEGER NOT NULL,
-    round    INTEGER NOT NULL,
-    attempt  INTEGER NOT NULL,
-    sequence INTEGER NOT NULL,
-    request  BLOB NOT NULL,     -- hash
-    answer   BLOB NOT NULL,
-    PRIMARY KEY (run_id, round, attempt, sequence)
-);
-"""
-
-PlanState = Literal["pending", "approved", "declined", "finished", "stopped"]
-
-_NEXT: Mapping[str, frozenset[str]] = {
-    "pending": frozenset({"approved", "declined", "stopped"}),
-    "approved": frozenset({"finished", "stopped"}),
-}
-"""Which state may follow which; the other three are final."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +229,7 @@ class SiteStore:
                 raise LocalError("No plan with this digest was received.")
             if plan.state == state:
                 return plan
-            if state not in _NEXT.get(plan.state, ()):
+            if state not in NEXT.get(plan.state, ()):
                 raise LocalError(f"The plan of run {plan.run_id} is {plan.state} and cannot become {state}.")
             self._db.execute(
                 "UPDATE plans SET state = ?, decided_at = ?, decided_by = ? WHERE digest = ?",

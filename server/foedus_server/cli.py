@@ -41,7 +41,7 @@ site_app = typer.Typer(no_args_is_help=True, help="Who belongs to the federation
 roster_app = typer.Typer(no_args_is_help=True, help="The list of members that the root signs.")
 model_app = typer.Typer(no_args_is_help=True, help="Base models, by the hash of their files.")
 plan_app = typer.Typer(no_args_is_help=True, help="Plans: what a run does, in numbers.")
-run_app = typer.Typer(no_args_is_help=True, help="Runs: submit, follow, stop, export, evaluate.")
+run_app = typer.Typer(no_args_is_help=True, help="Runs: submit, follow, stop, resume, export, evaluate.")
 audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened here.")
 for name, group in {
     "root": root_app,
@@ -404,6 +404,17 @@ def run_stop(context: typer.Context, run: str, as_json: Json = False) -> None:
     if as_json:
         return print_json({"run": str(stopped.run_id), "state": stopped.state})
     console.print(f"{stopped.name} is stopping.")
+
+
+@run_app.command("resume")
+def run_resume(context: typer.Context, run: str, as_json: Json = False) -> None:
+    """Take up a stopped or failed run after its last committed round. Its sites decide anew."""
+    acting, found = _run(context, run)
+    resumed = acting.resume(found)
+    if as_json:
+        return print_json({"run": str(resumed.run_id), "state": resumed.state, "rounds_done": resumed.rounds_done})
+    console.print(f"{resumed.name} goes on after round {resumed.rounds_done}; its sites' administrators decide anew.")
+    console.print(f"Next: foedus run watch {resumed.name}")
 
 
 @run_app.command("export")

@@ -146,6 +146,13 @@ class Operator:
         """The run ends after the message under way. Raises LocalError when it has ended already."""
         return self.store.runs.move(run.run_id, ["inviting", "running"], "stopping", "stopped by the operator")
 
+    def resume(self, run: Run) -> Run:
+        """A stopped or failed run goes on after its last committed round, with the sites that agree to it once more.
+
+        Raises LocalError when it is neither.
+        """
+        return self.store.runs.move(run.run_id, ["stopped", "failed"], "inviting")
+
     def agreed(self, run: Run) -> AgreedPlan:
         """The run's agreed plan, its signature checked against the home's own key."""
         assert run.signed_plan is not None  # `submit` agrees before anything else can see the run

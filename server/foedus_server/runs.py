@@ -26,13 +26,17 @@ from foedus_common.protocol import wire
 from foedus_server.aggregation import ServerOptimizer
 from foedus_server.config import Patience
 from foedus_server.link import LinkStopping
-from foedus_server.rounds import Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
+from foedus_server.rounds import STAGE_NAMES, Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
 from foedus_server.store import Attempt, Run, RunState, Store
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
 UNDER_WAY: tuple[RunState, ...] = ("inviting", "running", "stopping")
+
+COSTLY_TO_STOP = STAGE_NAMES[3:]
+"""Stages in which the sites have masked their vectors: a stop waits for the end of the round, seconds away, since a
+vector that was masked for nothing costs the run one of its retries."""
 
 ATTEMPTS = 6
 """Attempts at one round before the run is given up; the sites' own limit on retries is usually reached first."""
@@ -203,7 +207,8 @@ class _Conductor:
         )
 
         def save(stage: str, log: RoundLog) -> None:
-            self._check_stopped()
+            if stage not in COSTLY_TO_STOP:
+                self._check_stopped()
             self._coordinator.store.runs.save_attempt(_with_log(attempt, log))
 
         self._grid.clear_uploads()  # of an earlier attempt: nobody will ever read them, and they use up the sites' room

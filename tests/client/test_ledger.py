@@ -221,9 +221,35 @@ def test_a_closed_run_spends_nothing_more(ledger: Ledger, store: SiteStore) -> N
         ledger.reserve_round(7, 1)
     with pytest.raises(LocalError, match="closed"):
         ledger.release(late, terms(agreed, 0), vector(late))
-    with pytest.raises(LocalError, match="closed"):
-        ledger.reserve_run(agreed, BUDGET)
     assert store.outbox(7, 0) is None
+
+
+def test_a_run_that_is_opened_again_forgets_nothing(ledger: Ledger) -> None:
+    """Stopped and taken up again: what it released stays spent, what it trained counts as a retry, and the rest of it
+    has to fit once more beside what was reserved meanwhile."""
+    agreed, other = small_plan(), small_plan(8)
+    ledger.reserve_run(agreed, BUDGET)
+    train(ledger, agreed, 0)
+    ledger.reserve_round(7, 1)
+    ledger.close_run(7)
+    spent = ledger.lines(BUDGET)[0].spent
+
+    ledger.reserve_run(agreed, BUDGET)
+    (line,) = ledger.lines(BUDGET)
+    whole = accounting.epsilon(accounting.events_of(agreed), BUDGET.delta)
+    assert (line.spent, line.spent + line.reserved) == (spent, pytest.approx(whole))
+    train(ledger, agreed, 1)
+    assert ledger.run(7).retries == 1
+    ledger.reserve_round(7, 0)
+    with pytest.raises(PolicyRefusal, match="retries"):
+        ledger.reserve_round(7, 0)
+
+    ledger.close_run(7)
+    one_and_a_half = Budget(1.5 * whole, BUDGET.delta)
+    ledger.reserve_run(other, one_and_a_half)
+    with pytest.raises(PolicyRefusal, match="could pass"):
+        ledger.reserve_run(agreed, one_and_a_half)
+    assert not ledger.run(7).open
 
 
 def test_release_and_outbox_are_one(ledger: Ledger, store: SiteStore) -> None:

@@ -153,12 +153,26 @@ def test_a_plan_is_stored_once_and_decided_forwards(store: SiteStore) -> None:
     assert store.plan_of_run(8) is None
 
 
-@pytest.mark.parametrize("final", ["declined", "stopped"])
-def test_a_plan_that_was_turned_down_stays_down(store: SiteStore, final: str) -> None:
+def test_a_plan_that_was_turned_down_stays_down(store: SiteStore) -> None:
     store.put_plan(b"d" * 32, 7, b"bytes", b"s" * 64)
-    store.decide_plan(b"d" * 32, final, "ada")  # type: ignore[arg-type]
+    store.decide_plan(b"d" * 32, "declined", "ada")
+    store.put_plan(b"e" * 32, 8, b"bytes", b"s" * 64)
+    store.decide_plan(b"e" * 32, "approved", "ada")
+    store.decide_plan(b"e" * 32, "withdrawn", "ada")
+    for digest in (b"d" * 32, b"e" * 32):
+        for again in ("approved", "pending"):
+            with pytest.raises(LocalError, match=f"cannot become {again}"):
+                store.decide_plan(digest, again, "ada")  # type: ignore[arg-type]
+
+
+def test_a_plan_whose_run_was_stopped_is_decided_anew(store: SiteStore) -> None:
+    store.put_plan(b"d" * 32, 7, b"bytes", b"s" * 64)
+    store.decide_plan(b"d" * 32, "approved", "ada")
+    store.decide_plan(b"d" * 32, "stopped", "coordinator")
     with pytest.raises(LocalError, match="cannot become approved"):
         store.decide_plan(b"d" * 32, "approved", "ada")
+    store.decide_plan(b"d" * 32, "pending", "coordinator")
+    assert store.decide_plan(b"d" * 32, "approved", "ada").state == "approved"
 
 
 def test_models_have_one_name_each(store: SiteStore) -> None:

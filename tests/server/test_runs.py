@@ -6,6 +6,7 @@ What is lost, refused, stopped or started again; and that whatever is committed 
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from flwr.app import Context, Message
 
 from foedus_client.app import client_app
+from foedus_client.approval import Approval
 from foedus_client.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.round import Site, SiteRounds
@@ -33,6 +35,7 @@ from foedus_server.config import Patience
 from foedus_server.link import LinkStopping
 from foedus_server.runs import Coordinator
 from foedus_simulations.grids import InProcessGrid
+from foedus_simulations.parties import until
 from known_sites import KnownTrainer, assert_sums_are_exact, join_site, plan_of, submit
 from operators import Operator
 from seeded import seeded
@@ -465,6 +468,115 @@ def test_a_stopped_run_leaves_no_attempt_open_and_no_budget_reserved(consortium:
     for site in three.sites.values():
         assert not site["ledger"].run(7).open
         assert site["store"].plan_of_run(7).state == "stopped"
+
+
+@pytest.mark.parametrize("answer", ["approve", "decline"])
+def test_a_resumed_run_goes_on_with_the_sites_that_agree_once_more(consortium: Make, answer: str) -> None:
+    """Where a person decides, the run waits for that person again; what was released stays counted."""
+    four = consortium()
+    agreed = four.submit(plan_of(rounds=3))
+    four.grid.fault = stop_at(four, "query.keys", rounds_done=1)
+    assert four.conduct() == "stopped"
+    before = four.charges("west")
+    west = four.sites["west"]
+    west["policy"] = SitePolicy(max_epsilon_lifetime=40.0)  # from now on with a person's approval
+    four.start_site("west")
+
+    def decide() -> None:
+        until(lambda: west["store"].plan_of_run(7).state == "pending", 60, "the plan's coming back")
+        getattr(approval(four, "west"), answer)(agreed.digest(), by="ada")
+
+    person = threading.Thread(target=decide)
+    person.start()
+    resume(four)
+    assert four.conduct() == "finished"
+    person.join()
+    taking_part = NAMES if answer == "approve" else NAMES[:3]
+    assert four.attempts == [(0, 0, "committed"), (1, 0, "aborted"), (1, 1, "committed"), (2, 0, "committed")]
+    assert four.survivors == [tuple(sorted(NAMES)), *[tuple(sorted(taking_part))] * 2]
+    four.assert_sums_are_exact()
+    for name in taking_part:  # nobody had masked the second round's vector, so it served: no charge was lost
+        assert four.charges(name) == [(0, "committed"), (1, "committed"), (2, "committed")]
+        assert four.sites[name]["store"].plan_of_run(7).state == "finished"
+    if answer == "decline":
+        assert four.charges("west") == before
+        assert not west["ledger"].run(7).open
+
+
+def test_a_site_takes_part_in_a_resumed_run_only_if_its_ledger_has_room(consortium: Make) -> None:
+    four = consortium()
+    four.submit(plan_of(rounds=2))
+    four.grid.fault = stop_at(four, "query.keys", rounds_done=1)
+    assert four.conduct() == "stopped"
+    four.sites["west"]["policy"] = SitePolicy(require_approval=False, max_epsilon_lifetime=1.0)
+    four.start_site("west")
+    resume(four)
+    assert four.conduct() == "finished"
+    assert four.survivors == [tuple(sorted(NAMES)), tuple(sorted(NAMES[:3]))]
+    assert four.sites["west"]["store"].plan_of_run(7).state == "declined"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stop_wastes_no_masked_vector(consortium: Make, stage: str) -> None:
+    three = consortium(NAMES[:3], allow_without_privacy=True)
+    three.submit(plan_of(rounds=2, private=False))  # in which a masked vector cannot be replaced
+    three.grid.fault = stop_at(three, stage, rounds_done=0)
+    assert three.conduct() == "stopped"
+    resume(three)
+    assert three.conduct() == "finished"
+    three.assert_sums_are_exact()
+
+
+def test_a_site_that_withdraws_is_left_out_from_the_next_round_on(consortium: Make) -> None:
+    four = consortium()
+    agreed = four.submit(plan_of(rounds=3))
+
+    def fault(site: str, message: Message) -> None:
+        if four.run.rounds_done == 1 and (site, message.metadata.message_type) == ("west", "train.invite"):
+            approval(four, "west").withdraw(agreed.digest(), by="ada")
+
+    four.grid.fault = fault
+    assert four.conduct() == "finished"
+    assert [len(sites) for sites in four.survivors] == [4, 3, 3]
+    run = four.sites["west"]["ledger"].run(7)
+    assert (run.open, run.spent) == (False, (1,))
+    assert four.sites["west"]["store"].plan_of_run(7).state == "withdrawn"
+
+
+def test_a_site_that_withdraws_after_training_masks_nothing(consortium: Make) -> None:
+    four = consortium()
+    agreed = four.submit(plan_of(rounds=1))
+
+    def fault(site: str, message: Message) -> None:
+        if (site, message.metadata.message_type) == ("west", "query.keys"):
+            approval(four, "west").withdraw(agreed.digest(), by="ada")
+
+    four.grid.fault = fault
+    assert four.conduct() == "finished"
+    assert four.survivors == [tuple(sorted(NAMES[:3]))]
+    assert four.sites["west"]["store"].outbox(7, 0).masked_in is None
+
+
+def stop_at(made: Consortium, message_type: str, rounds_done: int) -> Fault:
+    """The operator stops the run while this message of this round is under way."""
+
+    def fault(site: str, message: Message) -> None:
+        here = (made.run.rounds_done, message.metadata.message_type, made.run.state)
+        if here == (rounds_done, message_type, "running"):
+            made.operator.store.runs.move(7, ["running"], "stopping", "stopped by the operator")
+
+    return fault
+
+
+def resume(made: Consortium) -> None:
+    made.grid.fault = lambda site, message: None
+    made.operator.store.runs.move(7, ["stopped", "failed"], "inviting")
+
+
+def approval(made: Consortium, name: str) -> Approval:
+    site = made.sites[name]
+    roster = site["member"].roster(made.clock.now())
+    return Approval(name, roster, site["policy"], site["store"], site["ledger"])
 
 
 def test_a_mistake_of_ours_ends_the_run_instead_of_repeating_it(
