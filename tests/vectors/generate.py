@@ -292,10 +292,18 @@ def envelope() -> dict:
     body = enc(seeded("cpk"), seeded("spk"), seeded("commitment"))
 
     def signed_bytes(
-        kind: bytes = b"advertise", stage: bytes = b"A1", body: bytes = body, suite: bytes = SUITE
+        kind: bytes = b"advertise",
+        stage: bytes = b"A1",
+        body: bytes = body,
+        suite: bytes = SUITE,
+        run_id: bytes = u64(11),
+        more: tuple[bytes, ...] = (),
     ) -> bytes:
-        fields = (kind, u64(11), u64(2), stage, u64(0), seeded("ctx"), b"alpha", b"@coordinator", u64(0), body)
-        return LABEL + enc(b"envelope", suite, *fields)
+        fields = (kind, run_id, u64(2), stage, u64(0), seeded("ctx"), b"alpha", b"@coordinator", u64(0), body)
+        return LABEL + enc(b"envelope", suite, *fields, *more)
+
+    def unmask(*shares: bytes) -> bytes:
+        return signed_bytes(kind=b"unmask", stage=b"A5", body=enc(enc(*shares)))
 
     good = signed_bytes()
     signature = identity.sign(good)
@@ -310,6 +318,13 @@ def envelope() -> dict:
         "another suite": enc(signed_bytes(suite=b"rot13"), signature),
         "unknown type": enc(signed_bytes(kind=b"advertize"), signature),
         "wrong stage": enc(signed_bytes(stage=b"A2"), signature),
+        "short integer": enc(signed_bytes(run_id=b"\x0b"), signature),
+        "long integer": enc(signed_bytes(run_id=b"\0" + u64(11)), signature),
+        "a field of the envelope missing": enc(LABEL + enc(b"envelope", SUITE, b"advertise", u64(11)), signature),
+        "a field of the envelope too many": enc(signed_bytes(more=(b"metric=0.9",)), signature),
+        "a share of no kind": enc(unmask(b"\3" + bytes(33)), signature),
+        "a share of both kinds": enc(unmask(b"\1" + bytes(33) + b"\2" + bytes(33)), signature),
+        "a short share": enc(unmask(b"\1" + bytes(32)), signature),
         "short key": enc(signed_bytes(body=enc(seeded("cpk", 31), seeded("spk"), seeded("c"))), signature),
         "a field missing": enc(signed_bytes(body=enc(seeded("cpk"), seeded("spk"))), signature),
         "a field too many": enc(signed_bytes(body=body + enc(b"metric=0.9")), signature),

@@ -104,13 +104,12 @@ def test_a_copied_key_drops_who_came_second(federation, field):
     ("sequence", "lie"),
     [
         (1, lambda message: m.ShareKeys(message.sealed[1:])),
-        (2, lambda message: m.MaskedInput(m.VectorRef(message.vector.digest, message.vector.size + 8))),
         (2, lambda message: m.MaskedInput(m.VectorRef(bytes(32), message.vector.size))),
         (3, lambda message: m.Consistency(bytes(64))),
         (4, lambda message: m.Unmask(message.shares[1:])),
         (4, lambda message: m.Unmask(tuple(m.PairKeyShare(share.value) for share in message.shares))),
     ],
-    ids=["too few shares", "wrong size", "no such object", "wrong signature", "too few unmask shares", "wrong kind"],
+    ids=["too few shares", "no such object", "wrong signature", "too few unmask shares", "wrong kind"],
 )
 def test_an_answer_of_the_wrong_content_drops_its_site(federation, sequence, lie):
     world = federation(5)
@@ -122,6 +121,18 @@ def test_an_answer_of_the_wrong_content_drops_its_site(federation, sequence, lie
 
     assert_opens_without(world, world.run(tamper=tamper), *([SITE] if sequence <= 2 else []))
     assert [(drop.site, drop.reason) for drop in dropped(world)] == [(SITE, DropReason.PROTOCOL)]
+
+
+def test_a_vector_of_the_wrong_size_drops_its_site(federation):
+    world = federation(5)
+
+    def tamper(site: str, sequence: int, answer: bytes) -> bytes:
+        if (site, sequence) != (SITE, 2):
+            return answer
+        longer = world.vectors.store(np.zeros(world.layout.words + 1, dtype=np.uint64))
+        return resigned(world, answer, m.MaskedInput(longer))
+
+    assert_opens_without(world, world.run(tamper=tamper), SITE)
 
 
 def test_late_repeated_and_unasked_answers_change_nothing(federation):

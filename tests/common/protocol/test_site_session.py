@@ -96,7 +96,9 @@ class TestRoundConfig:
 
     def test_a_cohort_without_this_site(self, federation):
         world = federation(5)
-        refusal_at_a0(world, Reason.CONFIG_MISMATCH, cohort=tuple(site for site in world.names if site != SITE))
+        others = tuple(site for site in world.names if site != SITE)
+        error = refusal_at_a0(world, Reason.CONFIG_MISMATCH, cohort=others, threshold=3)
+        assert "not in the cohort" in str(error)
 
     def test_cohort_smaller_than_the_plan_allows(self, federation):
         world = federation(4)
@@ -227,11 +229,13 @@ class TestPeerKeys:
         assert_refused(world, world.ask(SITE, 1, m.PeerKeys(keys[:3])), Reason.COHORT_LACKS_PEERS)
 
     def test_keys_of_a_site_outside_the_cohort(self, federation):
-        world = federation(4)
+        """The roster has five sites and the cohort four of them."""
+        world = federation(5)
+        world.restart_coordinator(replace(world.config, cohort=world.names[:4], threshold=3))
         keys = world.reach(1)[SITE].envelopes
-        theirs = wire.parse_envelope(keys[2])
-        header = replace(theirs.header, source="stranger")
-        strange = wire.build_envelope(header, theirs.message, world.keys["site-002"].sign)
+        header = replace(wire.parse_envelope(keys[2]).header, source="site-004")
+        keys_of_the_fifth = m.Advertise(*(bytes([index]) * 32 for index in (1, 2, 3)))
+        strange = wire.build_envelope(header, keys_of_the_fifth, world.keys["site-004"].sign)
         assert_refused(world, world.ask(SITE, 1, m.PeerKeys((*keys, strange))), Reason.UNKNOWN_SITE)
 
     @pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 1, 1, 2, 3)])
@@ -288,10 +292,15 @@ class TestPeerShares:
         world.ask(SITE, 2, request)
         assert_refused(world, world.ask(SITE, 3, m.PeerShares(request.sealed[:2])), Reason.ALREADY_MASKED)
 
-    def test_a_vector_that_is_gone_ends_the_session_too(self, federation):
+    @pytest.mark.parametrize("words", [None, 3], ids=["gone", "of another size"])
+    def test_a_vector_that_is_not_there_ends_the_session_too(self, federation, words):
         world = federation(4)
         request = world.reach(2)[SITE]
-        del world.vectors.objects[world.sessions[SITE].outbox.vector]
+        vector = world.sessions[SITE].outbox.vector
+        if words is None:
+            del world.vectors.objects[vector]
+        else:
+            world.vectors.objects[vector] = bytes(8 * words)
         assert [type(effect) for effect in world.ask(SITE, 2, request)] == [Erase, Send, Abort]
         assert isinstance(world.states[SITE].stage.error, LocalError)
 
@@ -356,9 +365,13 @@ class TestAgreement:
         assert error.suspects == ("site-002",)
 
     def test_a_signer_outside_the_cohort(self, federation):
+        """The roster has five sites and the cohort four of them; the fifth signs as well."""
         world = federation(5)
+        world.restart_coordinator(replace(world.config, cohort=world.names[:4], threshold=3))
         signatures = world.reach(4)[SITE].signatures
-        request = m.Agreement((*signatures, ("stranger", bytes(64))))
+        stage = world.states[SITE].stage
+        statement = wire.survivors_statement(world.ctx, stage.u1, stage.survivors)
+        request = m.Agreement((*signatures, ("site-004", world.keys["site-004"].sign(statement))))
         assert_refused(world, world.ask(SITE, 4, request), Reason.UNKNOWN_SITE)
 
     def test_one_kind_of_share_for_each_site_of_u2(self, federation):

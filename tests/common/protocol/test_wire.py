@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from typing import Any, get_args
 
 import pytest
@@ -131,6 +132,26 @@ def test_size_is_checked_before_anything_else():
 @given(TERMS)
 def test_terms_survive_the_outbox(terms):
     assert wire.parse_terms(wire.terms_bytes(terms)) == terms
+
+
+def split(data: bytes) -> list[bytes]:
+    """The parts of an `enc`."""
+    parts = []
+    while data:
+        end = 4 + int.from_bytes(data[:4], "big")
+        parts.append(data[4:end])
+        data = data[end:]
+    return parts
+
+
+@pytest.mark.parametrize(
+    "clip", [b"", bytes(7), bytes(9), struct.pack(">d", float("nan")), struct.pack(">d", float("inf"))]
+)
+def test_numbers_have_eight_bytes_and_are_finite(federation, clip):
+    parts = split(wire.terms_bytes(federation(3).terms))
+    unit, _, multiplier = split(parts[8])
+    with pytest.raises(RemoteError, match="number"):
+        wire.parse_terms(enc(*parts[:8], enc(unit, clip, multiplier), *parts[9:]))
 
 
 class TestSpelling:
