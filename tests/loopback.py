@@ -16,11 +16,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from foedus_client.link import LinkState, SiteLink
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
+from foedus_common.link.contents import content_of, context_of
 from foedus_common.link.transport import CHANNEL_OPTIONS, Timing, TlsIdentity
 from foedus_common.objects import ObjectStore
 from foedus_server.link import LinkServer
@@ -166,7 +167,7 @@ class Federation:
             **({"timing": self.timing} | options),
         )
         if start:
-            link.start(app or echo(), context_for)
+            link.start(app or echo(), context_of)
             self._stops.append(link.stop)
         return link, states
 
@@ -186,12 +187,8 @@ class Federation:
             stop()
 
 
-def context_for(run_id: int) -> Context:
-    return Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config={})
-
-
 def reply_with(body: bytes, message: Message) -> Message:
-    return Message(RecordDict({"foedus": ConfigRecord({"body": body})}), reply_to=message)
+    return Message(content_of(body), reply_to=message)
 
 
 def body(message: Message) -> bytes:

@@ -19,13 +19,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.app import Context, Message, Metadata
 from flwr.clientapp import ClientApp
 
 from foedus_client.transfers import Transfers, check_size, pauses
 from foedus_common.errors import FoedusError, LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
+from foedus_common.link.contents import body_of, content_of, message_of
 from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
     CHANNEL_OPTIONS,
@@ -275,7 +276,7 @@ class SiteLink:
 
     def _answer(self, request: pb.Request) -> pb.Reply:
         try:
-            body = body_of(self._app(self._message(request), self._context_for(request.run_id)))
+            body = _answered(self._app(self._message(request), self._context_for(request.run_id)))
             return pb.Reply(id=request.id, body=body)
         except FoedusError as error:
             logger.error("%s of run %d failed: %s", request.message_type, request.run_id, error)
@@ -299,9 +300,7 @@ class SiteLink:
             ttl=request.ttl,
             message_type=request.message_type,
         )
-        content = RecordDict({"foedus": ConfigRecord({"body": request.body})})
-        message: Message = Message(metadata=metadata, content=content)  # type: ignore[call-overload]
-        return message
+        return message_of(metadata, content_of(request.body))
 
     def _tell(self, state: LinkState, sentence: str) -> None:
         if (state, sentence) != self._state:
@@ -309,16 +308,9 @@ class SiteLink:
             self._on_state(state, sentence)
 
 
-def body_of(reply: Message) -> bytes:
-    """What the app answered.
-
-    Raises:
-        LocalError: it is no content of ours, or too large for the control stream.
-    """
-    record = reply.content.get("foedus")
-    body = record.get("body") if isinstance(record, ConfigRecord) else None
-    if not isinstance(body, bytes):
-        raise LocalError("The app's reply has no record `foedus` with a body of bytes.")
+def _answered(reply: Message) -> bytes:
+    """The body of the app's reply. Raises LocalError when it is not ours, or too large for the control stream."""
+    body = body_of(reply)
     if len(body) > MAX_BODY:
         raise LocalError(f"The app's reply of {len(body)} bytes is above {MAX_BODY}; push an object instead.")
     return body

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from foedus_common.link.contents import message_of
 from foedus_common.plan import Aggregation
 
 KEY = "vector"
@@ -82,4 +83,4 @@ def _as_reply(vector: Vector) -> Message:
         group_id="", created_at=0.0, ttl=0.0, message_type="train",
     )  # fmt: skip
     content = RecordDict({"arrays": ArrayRecord({KEY: Array(vector)}), "metrics": MetricRecord({"num-examples": 1})})
-    return Message(metadata=metadata, content=content)  # type: ignore[call-overload,no-any-return]  # link.md
+    return message_of(metadata, content)

@@ -14,13 +14,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from flwr.app import ConfigRecord, Error, Message, Metadata, RecordDict
+from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from foedus_common.clock import Clock, SystemClock
 from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
+from foedus_common.link.contents import body_of, content_of, message_of
 from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
     COORDINATOR_NODE,
@@ -315,7 +316,6 @@ class SiteGrid(Grid):
         ttl: float,
         message_id: str = "",
     ) -> Message:
-        # `Message(content, node, type)` would read Flower's process globals; metadata given whole does not.
         metadata = Metadata(
             run_id=self.run_id,
             message_id=message_id,
@@ -327,8 +327,7 @@ class SiteGrid(Grid):
             ttl=ttl,
             message_type=message_type,
         )
-        message: Message = Message(metadata=metadata, content=content)  # type: ignore[call-overload]
-        return message
+        return message_of(metadata, content)
 
     def _push(self, message: Message) -> str:
         self._check_running()
@@ -358,24 +357,6 @@ class SiteGrid(Grid):
     def _check_running(self) -> None:
         if self._stopped:
             raise LinkStopping
-
-
-def content_of(body: bytes) -> RecordDict:
-    """Content of our Flower messages: one ConfigRecord with the opaque body."""
-    return RecordDict({"foedus": ConfigRecord({"body": body})})
-
-
-def body_of(message: Message) -> bytes:
-    """The opaque body.
-
-    Raises:
-        LocalError: the message is not one of ours, or it carries an error.
-    """
-    record = message.content.get("foedus") if message.has_content() else None
-    body = record.get("body") if isinstance(record, ConfigRecord) else None
-    if not isinstance(body, bytes):
-        raise LocalError("A Flower message without our record `foedus` cannot travel over the link.")
-    return body
 
 
 def _reply_message(reply: pb.Reply, request: Message) -> Message:

@@ -12,7 +12,8 @@ from flwr.app import ConfigRecord, Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from foedus_server.link import SiteGrid, body_of, content_of
+from foedus_common.link.contents import body_of, content_of
+from foedus_server.link import SiteGrid
 
 STAGES = [
     "query.propose",

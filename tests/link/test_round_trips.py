@@ -14,9 +14,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from foedus_client.link import LinkState
 from foedus_common.errors import LocalError
+from foedus_common.link.contents import body_of, content_of, context_of
 from foedus_common.link.transport import MAX_BODY, node_id
-from foedus_server.link import SITE_FAILED, LinkStopping, SiteGrid, body_of, content_of
-from loopback import RUN, Federation, body, context_for, reply_with
+from foedus_server.link import SITE_FAILED, LinkStopping, SiteGrid
+from loopback import RUN, Federation, body, reply_with
 
 
 def connected(federation: Federation, *sites: str, app: ClientApp | None = None) -> None:
@@ -54,7 +55,7 @@ def test_a_server_app_drives_four_stages_with_three_client_apps(federation: Fede
                 assert reply.metadata.group_id == "5"
                 said[stage, grid.site(reply.metadata.src_node_id)] = body_of(reply)
 
-    engine(grid=server.grid(RUN, 0), context=context_for(RUN))
+    engine(grid=server.grid(RUN, 0), context=context_of(RUN))
     assert said == {
         (stage, name): f"go {stage} {node_id(name)}".encode()
         for stage in ("keys", "shares", "mask", "unmask")

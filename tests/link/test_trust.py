@@ -14,10 +14,11 @@ from foedus_client.link import LinkState, SiteLink
 from foedus_common.clock import SystemClock
 from foedus_common.enrolment import decode_token
 from foedus_common.errors import LocalError
+from foedus_common.link.contents import context_of
 from foedus_common.objects import ObjectStore
 from foedus_server.link import LinkServer
 from foedus_server.registry import ApprovedSites
-from loopback import States, context_for, echo
+from loopback import States, echo
 from operators import Operator
 
 
@@ -72,7 +73,7 @@ def test_a_site_joins_connects_and_is_revoked(coordinator: Coordinator, tmp_path
         objects=ObjectStore(home / "objects"),
         on_state=states,
     )
-    site.start(echo(), context_for)
+    site.start(echo(), context_of)
     try:
         states.wait_for(LinkState.CONNECTED)
         assert list(coordinator.server.connected()) == ["north"]
