@@ -88,7 +88,10 @@ class Roster:
 
 @dataclass(frozen=True)
 class PeerRule:
-    """Site policy: at least `minimum` sites of the organisations it names, its own not counted, must take part."""
+    """Site policy: at least `minimum` of the organisations it names, its own not counted, must take part.
+
+    Organisations count, not sites: a named one cannot stand in for another by bringing two sites of its own.
+    """
 
     organisations: frozenset[str] = frozenset()
     minimum: int = 0
@@ -111,11 +114,10 @@ def require_quorum(sites: Iterable[str], stage: str, limits: Thresholds, roster:
 
 def require_peers(sites: Iterable[str], stage: str, rule: PeerRule, own: str, roster: Roster) -> None:
     """RemoteError(COHORT_LACKS_PEERS) unless the peers that this site's policy asks for are there."""
-    own_organisation = roster.member(own).organisation
-    named = rule.organisations - {own_organisation}
-    peers = sum(1 for site in set(sites) if roster.member(site).organisation in named)
+    named = rule.organisations - {roster.member(own).organisation}
+    peers = len(named & roster.organisations(sites))
     if peers < rule.minimum:
         raise RemoteError(
             Reason.COHORT_LACKS_PEERS,
-            f"{peers} sites at {stage} belong to the organisations that site policy names, and {rule.minimum} must",
+            f"{peers} of the organisations that site policy names have sites at {stage}, and {rule.minimum} must",
         )

@@ -83,13 +83,13 @@ class TestQuorum:
 
 
 class TestPeers:
-    def test_named_organisations_count_by_site(self):
-        require_peers(["a1", "b1", "b2"], "A0", PeerRule(frozenset("b"), 2), "a1", ROSTER)
+    def test_named_organisations_are_there(self):
+        require_peers(["a1", "b1", "c1"], "A0", PeerRule(frozenset("bc"), 2), "a1", ROSTER)
 
     @pytest.mark.parametrize(
         "sites",
-        [["a1", "b1", "d1"], ["a1", "a2", "b1", "d1"], ["a1", "b1", "b1"]],
-        ids=["one", "own organisation", "twice"],
+        [["a1", "b1", "d1"], ["a1", "a2", "b1", "d1"], ["a1", "b1", "b2"]],
+        ids=["one", "own organisation", "two sites of one"],
     )
     def test_missing_peers(self, sites):
         with pytest.raises(RemoteError) as caught:
