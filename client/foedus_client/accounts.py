@@ -98,16 +98,22 @@ class Charge:
 
 @dataclass(frozen=True)
 class Run:
-    """A run on an account: what it may release, and what it has. delta: the site's own when it was last approved."""
+    """A run on an account: what it may release, and what it has. delta: the site's own when it was last approved.
+
+    lost: its records were, so all that it might have released counts as released.
+    """
 
     commitment: Commitment
     delta: float
     charges: tuple[Charge, ...] = ()
     open: bool = True
+    lost: bool = False
 
     @property
     def spent(self) -> tuple[int, ...]:
         """Releases per phase of which the coordinator has, or may have, the vector."""
+        if self.lost:
+            return self.commitment.releases
         phases = [charge.phase for charge in self.charges if charge.state != "reserved"]
         return tuple(phases.count(phase) for phase in range(len(self.commitment.rounds)))
 
@@ -228,6 +234,11 @@ def fold(entries: Iterable[Entry]) -> dict[str, Account]:
             account = accounts.get(name, Account(name))
             accounts[name] = dataclasses.replace(account, datasets=(*account.datasets, dataset))
             continue
+        if event["event"] == "new_key":
+            continue
+        if event["event"] == "accept_loss":
+            accounts = {name: _without(account, event["runs"]) for name, account in accounts.items()}
+            continue
         if event["event"] == "reserve_run":
             run = Run(_commitment(event), event["site_delta"])
             of_run[event["run_id"]] = of_dataset[event["dataset"]]
@@ -263,6 +274,15 @@ def _after(run: Run, number: int, event: Mapping[str, Any]) -> Run:
             return dataclasses.replace(run, open=True, delta=event["site_delta"])
         case unknown:
             raise LocalError(f"The ledger has an entry {unknown!r} that this program does not know.")
+
+
+def _without(account: Account, lost: Sequence[int]) -> Account:
+    """The account when the records of these runs are no more."""
+    runs = {
+        run_id: dataclasses.replace(run, open=False, lost=True) if run_id in lost else run
+        for run_id, run in account.runs.items()
+    }
+    return dataclasses.replace(account, runs=runs)
 
 
 def _marked(run: Run, number: int, state: Literal["released", "committed"]) -> Run:

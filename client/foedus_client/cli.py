@@ -16,8 +16,9 @@ from foedus_client import config, enrol
 from foedus_client.accounts import Commitment
 from foedus_client.approval import Approval
 from foedus_client.data import survey
+from foedus_client.high_water import mark_name, state_folder
 from foedus_client.ledger import Ledger
-from foedus_client.store import SiteStore, StoredPlan
+from foedus_client.store import StoredPlan
 from foedus_common import terminal
 from foedus_common.clock import SystemClock, iso
 from foedus_common.enrolment import decode_token
@@ -46,8 +47,10 @@ class Administrator:
     def __init__(self, path: Path) -> None:
         self.home = config.SiteHome.open(path)
         self.membership = enrol.Membership(path)
-        self.store = SiteStore(self.home.database, CLOCK)
-        self.ledger = Ledger(self.store, CLOCK, sign=self.membership.key.sign)
+        member = self.membership
+        mark = mark_name(member.name, member.token.root_public_key)
+        self.store = self.home.store(CLOCK, state_folder(os.environ), mark)
+        self.ledger = Ledger(self.store, CLOCK, member.key.sign, member.public_key)
 
     def approval(self) -> Approval:
         roster = self.membership.roster(CLOCK.now())
@@ -122,7 +125,7 @@ def run(context: typer.Context) -> None:
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
-    serve(home, CLOCK, system_random, stopping)
+    serve(home, state_folder(os.environ), CLOCK, system_random, stopping)
 
 
 @app.command()

@@ -5,7 +5,7 @@
     site.db         plans, ledger, outbox (`store`); objects/ holds adapters and vectors
     daemon.lock     held while the daemon runs
 
-Knows nothing of the federation and opens nothing but settings.
+Knows nothing of the federation.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from foedus_client.high_water import HighWater
 from foedus_client.policy import SitePolicy
+from foedus_client.store import SiteStore
+from foedus_common.clock import Clock
 from foedus_common.enrolment import check_address
 from foedus_common.errors import LocalError
 from foedus_common.private_files import create_private, private_folder
@@ -112,6 +115,14 @@ class SiteHome:
     @property
     def objects(self) -> Path:
         return self.path / "objects"
+
+    def store(self, clock: Clock, state: Path, mark: str) -> SiteStore:
+        """The database, opened, with the high-water mark that belongs to it in `state`. mark: what it is called; a home
+        keeps the one that it had first."""
+        with closing(SiteStore(self.database, clock)) as store:
+            if (name := store.meta("high_water")) is None:
+                store.set_meta("high_water", name := mark)
+        return SiteStore(self.database, clock, HighWater(state, name))
 
     @contextmanager
     def daemon_lock(self) -> Iterator[None]:

@@ -1,20 +1,22 @@
 """`foedus-site run`: composition. The link, the ClientApp, policy, ledger and trainers of one site, put together.
 
-This process keeps the link alive and never trains: no torch here. Each run has a trainer process of its own.
+This process keeps the link alive and never trains: no torch here. Each run has a trainer process of its own. A pause is
+a stop between two rounds: the site hangs up and lets go of everything, until it is resumed.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 from foedus_client.app import client_app
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
+from foedus_client.high_water import mark_name
 from foedus_client.ledger import Ledger
 from foedus_client.link import LinkState, SiteLink
 from foedus_client.round import Site, SiteRounds
-from foedus_client.store import SiteStore
 from foedus_client.trainer_process import TrainerProcess, TrainerSettings
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
@@ -26,15 +28,20 @@ from foedus_common.randomness import RandomBytes
 
 logger = logging.getLogger(__name__)
 
+LOOK_SECONDS = 0.25
+SUM_SECONDS = 60.0
+"""How long a pause waits for the coordinator to go on with a sum that this site is part of."""
+
 
 class Daemon:
     """One site at work. `start`, then `stop`; both may be called from any thread."""
 
-    def __init__(self, home: SiteHome, clock: Clock, random: RandomBytes) -> None:
-        """Raises LocalError when the site has not joined, or its files are damaged."""
+    def __init__(self, home: SiteHome, state: Path, clock: Clock, random: RandomBytes) -> None:
+        """Raises LocalError when the site has not joined, its files are damaged, or the home is an older copy."""
         self._home = home
         membership = Membership(home.path)
-        self._store = SiteStore(home.database, clock)
+        self._store = home.store(clock, state, mark_name(membership.name, membership.token.root_public_key))
+        self._store.check_high_water()
         objects = ObjectStore(home.objects)
         self._link = SiteLink(
             site=membership.name,
@@ -48,18 +55,35 @@ class Daemon:
             member=membership,
             policy=home.settings.policy,
             store=self._store,
-            ledger=Ledger(self._store, clock, sign=membership.key.sign),
+            ledger=Ledger(self._store, clock, membership.key.sign, membership.public_key),
             objects=objects,
             courier=self._link,
             open_trainer=self._open_trainer,
             clock=clock,
             random=random,
         )
+        self._site = site
         self._rounds = SiteRounds(site)
         self.name = membership.name
 
     def start(self) -> None:
         self._link.start(client_app(self._rounds), context_of)
+
+    @property
+    def paused(self) -> bool:
+        return self._store.paused() is not None
+
+    def finish_round(self, stopping: threading.Event) -> None:
+        """Begins no new round, and returns when none is under way; or at once when `stopping` is set.
+
+        A round that the coordinator leaves lying is not waited for longer than a stage may take.
+        """
+        self._site.pausing.set()
+        left = SUM_SECONDS
+        while self._rounds.training or (self._rounds.summing and left > 0):
+            if stopping.wait(LOOK_SECONDS):
+                return
+            left = SUM_SECONDS if self._rounds.training else left - LOOK_SECONDS
 
     def stop(self) -> None:
         """The link first: what is under way must not be answered with a refusal, for it is asked again after the next
@@ -91,14 +115,36 @@ class Daemon:
         )
 
 
-def serve(home: SiteHome, clock: Clock, random: RandomBytes, stopping: threading.Event) -> None:
-    """Runs the daemon until `stopping` is set. Raises LocalError when another daemon has this home."""
+def serve(home: SiteHome, state: Path, clock: Clock, random: RandomBytes, stopping: threading.Event) -> None:
+    """Runs the daemon until `stopping` is set, with breaks while the site is paused. state: folder of high-water marks.
+
+    Raises LocalError when another daemon has this home, and as `Daemon` does.
+    """
     with home.daemon_lock():
-        daemon = Daemon(home, clock, random)
-        daemon.start()
-        logger.info("%s is at work", daemon.name)
-        stopping.wait()
-        daemon.stop()
+        while not stopping.is_set():
+            daemon = Daemon(home, state, clock, random)
+            try:
+                if daemon.paused:
+                    _rest(daemon, stopping)
+                else:
+                    _work(daemon, stopping)
+            finally:
+                daemon.stop()
+
+
+def _work(daemon: Daemon, stopping: threading.Event) -> None:
+    daemon.start()
+    logger.info("%s is at work", daemon.name)
+    while not (stopping.wait(LOOK_SECONDS) or daemon.paused):
+        pass
+    if not stopping.is_set():
+        daemon.finish_round(stopping)
+
+
+def _rest(daemon: Daemon, stopping: threading.Event) -> None:
+    logger.info("%s is paused; `foedus-site resume` brings it back to work", daemon.name)
+    while not stopping.wait(LOOK_SECONDS) and daemon.paused:
+        pass
 
 
 def log_to_stderr() -> None:

@@ -8,13 +8,14 @@ hash-chained and signed by the site. What they amount to is for `accounts`; know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from foedus_client.accounts import Account, Budget, Commitment, Run, beyond, fold, reservation
 from foedus_client.data import Survey, share_rows
+from foedus_client.schema import OVER
 from foedus_client.store import Dataset, SiteStore
 from foedus_common.canonical import labelled
 from foedus_common.clock import Clock
@@ -25,6 +26,9 @@ from foedus_common.journal import verify as verify_chain
 from foedus_common.plan import AgreedPlan
 from foedus_common.privacy import accounting
 from foedus_common.protocol.messages import RoundTerms, VectorRef
+
+KEY = "ledger_key"
+"""Where the store keeps the public key that signs the ledger now, in hexadecimal digits."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,17 @@ class Line:
 class Ledger:
     """The accounts of a site, kept in its store. Every method that writes is one transaction, on disk on return."""
 
-    def __init__(self, store: SiteStore, clock: Clock, sign: Callable[[bytes], bytes]) -> None:
-        """sign: the site's Ed25519 signature (64 bytes) of a message."""
+    def __init__(
+        self, store: SiteStore, clock: Clock, sign: Callable[[bytes], bytes], public_key: bytes | None = None
+    ) -> None:
+        """sign: the site's Ed25519 signature (64 bytes) of a message. public_key: its other half (32 bytes); with it,
+        a change of keys is entered into the ledger, and a ledger that has gone over to newer keys is not written."""
         self._store = store
         self._clock = clock
         self._sign = sign
+        self._public_key = public_key
+        if public_key is not None and store.meta(KEY) != public_key.hex():
+            self._adopt(public_key)
 
     # --- Accounts ---
 
@@ -120,6 +130,11 @@ class Ledger:
             )
             if known and known.commitment != commitment:
                 raise LocalError(f"Run {commitment.run_id} is in the ledger under another plan.")
+            if known and known.lost:
+                raise LocalError(
+                    f"Run {commitment.run_id} counts as spent in full, for the ledger's newest entries about it were "
+                    "lost; it cannot go on here."
+                )
             if known and known.open:
                 return
             if capped and not account.admits(commitment, budget):
@@ -171,18 +186,34 @@ class Ledger:
             if any(run_id in a.runs and a.runs[run_id].open for a in self.accounts().values()):
                 self._append("close_run", run_id=run_id)
 
+    def accept_loss(self, by: str) -> list[int]:
+        """The file is an older copy and there is no newer one: every run that could have gone on since counts as spent
+        in full, and this site takes part in it no more. Gives those runs. by: who decided so."""
+        with self._store.transaction("accept loss"):
+            held = [run_id for account in self.accounts().values() for run_id in account.runs]
+            plans = {run_id: self._store.plan_of_run(run_id) for run_id in held}
+            lost = [run_id for run_id, plan in plans.items() if plan is None or plan.state not in OVER]
+            self._append("accept_loss", checked=False, runs=lost, by=by)
+            for run_id in lost:
+                if (plan := plans[run_id]) and plan.state == "approved":
+                    self._store.decide_plan(plan.digest, "withdrawn", by)
+        self._store.accept_high_water()
+        return lost
+
     # --- The chain ---
 
     def verify(self, public_key: bytes, checkpoints: Iterable[Checkpoint] = ()) -> Checkpoint:
         """Recompute the chain and check every signature; gives its end.
 
-        public_key: the site's, 32 bytes. checkpoints: heads that others kept. Raises BrokenChain, which names the
-        first entry that was altered, is missing or is not signed by this site.
+        public_key: the site's, 32 bytes; each change of keys names the key before. checkpoints: heads that others kept.
+        Raises BrokenChain, which names the first entry that was altered, is missing or is not signed by this site, and
+        LocalError when the whole is an older copy.
         """
         entries = self._store.ledger_entries()
-        for entry, signature in entries:
+        self._store.check_high_water()
+        for key, (entry, signature) in zip(_keys(entries, public_key), entries, strict=True):
             try:
-                verify_signature(public_key, signature, _statement(entry), "the entry")
+                verify_signature(key, signature, _statement(entry), "the entry")
             except RemoteError:
                 verify_chain((entry for entry, _ in entries), checkpoints)
                 raise BrokenChain(entry.number, "it is not signed by this site") from None
@@ -190,10 +221,22 @@ class Ledger:
 
     # --- Plumbing ---
 
-    def _append(self, event: str, **details: Any) -> Entry:
+    def _append(self, event: str, checked: bool = True, **details: Any) -> Entry:
+        if checked:
+            self._store.check_high_water()
+        if self._public_key is not None and self._store.meta(KEY) != self._public_key.hex():
+            raise LocalError("This site has newer keys than the daemon started with; start it again.")
         entry = next_entry(self._store.ledger_end(), self._clock.now(), event, details)
         self._store.append_entry(entry, self._sign(_statement(entry)))
         return entry
+
+    def _adopt(self, public_key: bytes) -> None:
+        """Entries are signed by another key from here on; the first of them vouches for the key before."""
+        with self._store.transaction("adopt the key"):
+            before = self._store.meta(KEY)
+            self._store.set_meta(KEY, public_key.hex())
+            if before is not None:
+                self._append("new_key", previous=before)
 
     def _open_run(self, run_id: int) -> Run:
         run = self.run(run_id)
@@ -246,6 +289,16 @@ def _line(account: Account, budget: Budget) -> Line:
         releases=account.releases,
         releases_without_privacy=account.releases_without_privacy,
     )
+
+
+def _keys(entries: Sequence[tuple[Entry, bytes]], newest: bytes) -> list[bytes]:
+    """Under which key each entry has to be signed; known from the end, for every new key names the one before it."""
+    keys, key = [], newest
+    for entry, _ in reversed(entries):
+        keys.append(key)
+        if entry.event["event"] == "new_key":
+            key = bytes.fromhex(entry.event["previous"])
+    return keys[::-1]
 
 
 def _statement(entry: Entry) -> bytes:

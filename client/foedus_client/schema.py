@@ -14,7 +14,9 @@ NEXT: Mapping[PlanState, frozenset[PlanState]] = {
     "approved": frozenset({"withdrawn", "finished", "stopped"}),
     "stopped": frozenset({"pending"}),  # the operator takes the run up again, and the site decides anew
 }
-"""Which state of a plan may follow which; the other three are final."""
+"""Which state of a plan may follow which."""
+OVER = frozenset({"declined", "withdrawn", "finished"})
+"""The states that are final."""
 
 SCHEMA = """
 -- Times are Unix seconds (REAL). Hashes are SHA-256: 32 bytes as BLOB, 64 digits as TEXT.

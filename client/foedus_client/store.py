@@ -13,11 +13,12 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foedus_client.high_water import HighWater, Mark
 from foedus_client.schema import NEXT, SCHEMA, SCHEMA_VERSION, PlanState
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
@@ -28,6 +29,11 @@ from foedus_common.protocol.site_stages import Outbox
 from foedus_common.protocol.wire import parse_terms, terms_bytes
 
 BUSY_SECONDS = 20.0
+
+_WAYS_ON = (
+    "Restore the newest copy that there is; if none is newer, `foedus-site ledger --accept-loss` counts every run that "
+    "could have gone on as spent in full."
+)
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,14 @@ class StoredPlan:
 class SiteStore:
     """The site's database file. Raises LocalError when it cannot be used, and when a write-once fact would change."""
 
-    def __init__(self, path: Path, clock: Clock) -> None:
-        """Open the file, or make it with mode 0600."""
+    def __init__(self, path: Path, clock: Clock, high_water: HighWater | None = None) -> None:
+        """Open the file, or make it with mode 0600. high_water: advanced with everything that may leave the site."""
         self.path = path
         self._clock = clock
+        self._high_water = high_water
         self._lock = threading.RLock()
         self._depth = 0
+        self._outbox_changed = False
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -103,7 +111,7 @@ class SiteStore:
                 return
             try:
                 self._db.execute("BEGIN IMMEDIATE")
-                self._depth = 1
+                self._depth, self._outbox_changed = 1, False
                 try:
                     yield
                     self._db.execute("COMMIT")
@@ -113,6 +121,8 @@ class SiteStore:
                     raise
                 finally:
                     self._depth = 0
+                if self._high_water and self._outbox_changed:
+                    self._high_water.advance(self._mark())  # after the commit: the mark is never ahead of the file
             except sqlite3.IntegrityError as error:
                 raise LocalError(f"{name} contradicts what {self.path} says already: {error}.") from None
             except sqlite3.Error as error:
@@ -131,6 +141,16 @@ class SiteStore:
     def set_meta(self, key: str, value: str) -> None:
         with self.transaction(f"set {key}"):
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def paused(self) -> str | None:
+        """Who paused the site; None while it is at work."""
+        return self.meta("paused") or None
+
+    def pause(self, by: str) -> None:
+        self.set_meta("paused", by)
+
+    def resume(self) -> None:
+        self.set_meta("paused", "")
 
     # --- Models and datasets ---
 
@@ -254,11 +274,52 @@ class SiteStore:
                 "INSERT INTO ledger VALUES (?, ?, ?, ?)", (entry.number, entry.body, entry.head, signature)
             )
 
+    # --- The high-water mark ---
+
+    def check_high_water(self) -> None:
+        """Raises LocalError when the file lacks what the machine's mark says that it once held: it is an older copy."""
+        if self._high_water is None:
+            return
+        mark = self._high_water.read()  # before the file: other processes go on meanwhile, the file first
+        if mark is None and self._first("SELECT 1 FROM outbox"):
+            raise LocalError(
+                f"This machine has no high-water mark of the ledger ({self._high_water.path}), so nothing shows that "
+                f"the home is in its newest state; bring the file along when a home moves. {_WAYS_ON}"
+            )
+        if mark and not self._holds(mark):
+            raise LocalError(
+                f"The ledger was restored from an older copy: it ends at entry {self.ledger_end().number}, and this "
+                f"machine knows of {mark.entries} entries and {mark.masked} vectors sent. {_WAYS_ON}"
+            )
+
+    def accept_high_water(self) -> None:
+        """The file is the newest state from now on; `Ledger.accept_loss` calls it."""
+        if self._high_water:
+            self._high_water.reset(self._mark())
+
+    def _holds(self, mark: Mark) -> bool:
+        row = self._first("SELECT head FROM ledger WHERE number = ?", mark.entries)
+        return row is not None and row["head"] == mark.head and self._mark().masked >= mark.masked
+
+    def _mark(self) -> Mark:
+        end = self.ledger_end()
+        masked = self._one("SELECT count(*) FROM outbox WHERE masked_attempt IS NOT NULL")[0]
+        return Mark(end.number, end.head, masked)
+
+    # --- Copies ---
+
+    def copy_to(self, path: Path) -> None:
+        """A copy of the file as it is now, whole, while others may go on writing it."""
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with self._lock, closing(sqlite3.connect(path)) as copy:
+            self._db.backup(copy)
+
     # --- Vectors waiting to be sent, and the protocol's durable facts ---
 
     def put_vector(self, charge: int, terms: RoundTerms, vector: VectorRef) -> None:
         """Put a vector in the outbox; `Ledger.release` calls it, so that no vector is there without its charge."""
         with self.transaction("outbox"):
+            self._outbox_changed = True
             self._db.execute(
                 "INSERT INTO outbox (charge, run_id, round, terms, vector_sha256, vector_size, stored_at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -310,6 +371,7 @@ class SiteStore:
         if isinstance(record, AttemptSeen):
             self._db.execute("INSERT INTO attempts VALUES (?, ?, ?)", record.attempt)
         elif isinstance(record, VectorMasked):
+            self._outbox_changed = True
             changed = self._db.execute(
                 "UPDATE outbox SET masked_attempt = ?, masked_sha256 = ?, masked_size = ?"
                 " WHERE run_id = ? AND round = ? AND vector_sha256 = ?",

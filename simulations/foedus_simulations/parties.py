@@ -48,7 +48,9 @@ class Party:
     def __init__(self, module: str, home: Path, environment: Mapping[str, str] | None = None) -> None:
         self.home = home
         self._module = module
-        self._environment = {**os.environ, "FOEDUS_HOME": str(home), "NO_COLOR": "1", **(environment or {})}
+        state = str(home.parent / "state")  # where high-water marks go: nothing is left in the user's own folders
+        ours = {"FOEDUS_HOME": str(home), "XDG_STATE_HOME": state, "NO_COLOR": "1"}
+        self._environment = {**os.environ, **ours, **(environment or {})}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:

@@ -224,6 +224,25 @@ def test_a_closed_run_spends_nothing_more(ledger: Ledger, store: SiteStore) -> N
     assert store.outbox(7, 0) is None
 
 
+def test_new_keys_take_over_where_the_old_ones_ended(store: SiteStore, tmp_path: Path) -> None:
+    """After a rotation, or under another name in another federation, whoever knows the newest key can check it all."""
+    keys = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(3)]
+    ledgers = []
+    for number, key in enumerate(keys):
+        ledgers.append(Ledger(store, ManualClock(), key.sign, key.public_key().public_bytes_raw()))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        ledgers[-1].add_dataset(f"d{number}", folder, "text", "label", notes(folder, "xyz"[number]))
+    end = ledgers[-1].verify(keys[-1].public_key().public_bytes_raw())
+    events = [entry.event["event"] for entry, _ in store.ledger_entries()]
+    assert (end.number, events) == (5, ["add_dataset", "new_key", "add_dataset", "new_key", "add_dataset"])
+    assert set(ledgers[-1].accounts()) == {"d0", "d1", "d2"}
+    with pytest.raises(BrokenChain, match="entry 4: it is not signed by this site"):
+        ledgers[-1].verify(keys[0].public_key().public_bytes_raw())
+    with pytest.raises(LocalError, match="newer keys"):  # a daemon that was not started again
+        ledgers[0].add_dataset("late", tmp_path, "text", "label", notes(tmp_path, "w"))
+
+
 def test_a_run_that_is_opened_again_forgets_nothing(ledger: Ledger) -> None:
     """Stopped and taken up again: what it released stays spent, what it trained counts as a retry, and the rest of it
     has to fit once more beside what was reserved meanwhile."""
