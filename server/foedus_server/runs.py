@@ -132,6 +132,7 @@ class _Conductor:
         roster = self._coordinator.objects.put(self._signed_roster.to_bytes())
         names = sorted(self._roster.public_keys)
         self._grid.allow(roster, names)
+        self._grid.allow(self._current_adapter(), names)  # a site may be waiting for it since before a restart
         proposal = m.Propose(
             self._signed_plan.canonical,
             self._signed_plan.signature,

@@ -142,10 +142,13 @@ class Consortium:
 
     def submit(self, plan: Any, run_id: int = 7) -> AgreedPlan:
         _, self.agreed = submit(self.operator.home, self.operator.store, plan, run_id)
-        self.grid = Grid(run_id, self.objects, self.clock)
+        self.connect(Grid(run_id, self.objects, self.clock))
+        return self.agreed
+
+    def connect(self, grid: Grid) -> None:
+        self.grid = grid
         for name in self.sites:
             self.start_site(name)
-        return self.agreed
 
     def start_site(self, name: str) -> None:
         """Its program starts, or starts again after it was gone: what was only in memory is lost."""
@@ -435,6 +438,24 @@ def test_a_restarted_coordinator_goes_on_from_the_last_committed_round(consortiu
     assert three.operator.store.runs.committed(7)[:1] == first
     three.assert_sums_are_exact()
     assert "round.interrupted" in three.operator.events()
+
+
+def test_a_site_that_was_fetching_the_adapter_gets_it_from_a_restarted_coordinator(consortium: Make) -> None:
+    """It answers nothing else before it has the adapter, so the coordinator would wait for it in vain."""
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2))
+    three.grid.stops = at(three, "train.invite", rounds_done=1)
+    assert three.conduct() == "running"
+    adapter = three.operator.store.runs.committed(7)[0].adapter
+    assert adapter is not None
+    three.connect(Grid(7, three.objects, three.clock))  # a new process knows nothing of the old one's permissions
+
+    def fault(site: str, message: Message) -> None:
+        if message.metadata.message_type == "query.propose":
+            assert three.grid.fetch(site, adapter).exists()
+
+    three.grid.fault = fault
+    assert three.conduct() == "finished"
 
 
 def test_a_restarted_coordinator_waits_for_its_sites_to_come_back(consortium: Make) -> None:
