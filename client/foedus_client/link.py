@@ -30,6 +30,7 @@ from foedus_common.link.contents import body_of, content_of, message_of
 from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
     CHANNEL_OPTIONS,
+    CLOCK_KEY,
     COORDINATOR_NODE,
     DEFAULT_TIMING,
     MAX_BODY,
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 _KEPT_REPLIES = 64
 _MAX_AT_WORK = 64
 _ENROL_SECONDS = 30.0
+_ADMISSION_SECONDS = 10.0
 
 
 class LinkState(StrEnum):
@@ -330,6 +332,31 @@ def enrol(address: str, authority: bytes, body: bytes) -> bytes:
         except grpc.RpcError as error:
             raise LocalError(explain(error, address)[1]) from None
     return bytes(answer.body)
+
+
+def admission(address: str, tls: TlsIdentity) -> float:
+    """Ask the coordinator whether it lets this site in, without a word about any run; gives its clock in Unix seconds.
+
+    A daemon that is connected meanwhile notices nothing. The question is for an object that nobody has: who is told so
+    was let in.
+
+    Raises:
+        LocalError: the coordinator cannot be reached, cannot be trusted, or does not admit the site; the sentence says
+            which.
+    """
+    credentials = grpc.ssl_channel_credentials(tls.authority, tls.private_key, tls.certificate)
+    with grpc.secure_channel(address, credentials, CHANNEL_OPTIONS) as channel:
+        try:
+            pb_grpc.LinkStub(channel).Stat(pb.Object(), timeout=_ADMISSION_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise LocalError(explain(error, address)[1]) from None
+            told = dict(error.trailing_metadata())
+            if CLOCK_KEY in told:
+                return float(told[CLOCK_KEY])
+    raise LocalError(
+        f"What answers at {address} is no coordinator of this release; install the same one on both sides."
+    )
 
 
 _SAID_BY_COORDINATOR = {

@@ -82,7 +82,7 @@ class LinkServer:
         self._stopped = False
         self._grids: dict[int, SiteGrid] = {}
         self._files: dict[int, RunFiles] = {}
-        self._service = LinkService(directory, self.mailbox, objects, self._files, timing)
+        self._service = LinkService(directory, self.mailbox, objects, self._files, timing, self.clock)
         self._enrolment = EnrolmentService(enrol, RateLimit(self.clock))
         self._servers: list[grpc.aio.Server] = []
 

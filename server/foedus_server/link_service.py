@@ -21,7 +21,7 @@ import grpc.aio
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError, RemoteError
 from foedus_common.link import foedus_pb2 as pb
-from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, SITE_URI, Timing
+from foedus_common.link.transport import CHUNK, CLOCK_KEY, MAX_BODY, PROTOCOL_VERSION, SITE_URI, Timing
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_server.mailbox import Mailbox, RunFiles
 
@@ -130,12 +130,14 @@ class LinkService:
         objects: ObjectStore,
         runs: dict[int, RunFiles],
         timing: Timing,
+        clock: Clock,
     ) -> None:
         self._directory = directory
         self._mailbox = mailbox
         self._objects = objects
         self._runs = runs
         self._timing = timing
+        self._clock = clock
         self._streams: dict[str, ControlStream] = {}
 
     async def end_stream(self, site: str, refusal: Refusal) -> None:
@@ -268,6 +270,7 @@ class LinkService:
         if peer is None:
             raise not_admitted()
         self._check(peer)
+        context.set_trailing_metadata(((CLOCK_KEY, f"{self._clock.now():.3f}"),))
         return peer
 
     def _check(self, peer: Peer) -> None:

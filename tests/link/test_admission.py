@@ -12,7 +12,8 @@ import grpc
 import pytest
 from cryptography import x509
 
-from foedus_client.link import LinkState
+from foedus_client.link import LinkState, admission
+from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, TlsIdentity
 from foedus_common.objects import ObjectRef
@@ -240,3 +241,39 @@ def test_a_site_is_told_why_it_is_not_connected(
 
 def test_nothing_secret_is_printed(federation: Federation) -> None:
     assert "PRIVATE KEY" not in repr(federation.server_tls)
+
+
+# --- What `foedus-site doctor` asks ---
+
+
+def test_an_admitted_site_is_told_the_time_and_its_daemon_notices_nothing(federation: Federation) -> None:
+    server = federation.coordinator()
+    tls = federation.tls_of("alpha")
+    _, states = federation.site("alpha", tls=tls)
+    states.wait_for(LinkState.CONNECTED)
+    before = server.clock.now()
+    assert before - 1 <= admission(federation.address, tls) <= server.clock.now() + 1
+    assert [state for state, _ in states.seen] == [LinkState.CONNECTING, LinkState.CONNECTED]
+
+
+def test_each_way_of_not_getting_in_has_its_own_sentence(federation: Federation) -> None:
+    tls = federation.tls_of("alpha")
+    server = federation.coordinator()
+    stranger = Authority("stranger").issue([x509.UniformResourceIdentifier("foedus://site/alpha")], tls.authority)
+    misled = TlsIdentity(tls.certificate, tls.private_key, Authority("other").certificate)
+    port = federation.address.rpartition(":")[2]
+
+    def sentence(tls: TlsIdentity, address: str = federation.address) -> str:
+        with pytest.raises(LocalError) as refused:
+            admission(address, tls)
+        return str(refused.value)
+
+    assert "not approved yet, or it was revoked" in sentence(federation.tls_of("beta", approved=False))
+    assert "its authority did not sign this site's certificate" in sentence(stranger)
+    assert "that this site's authority did not sign" in sentence(misled)
+    assert "its name does not resolve" in sentence(tls, f"nowhere.invalid:{port}")
+    server.drain_and_stop(1.0)
+    assert "nothing listens there" in sentence(tls)
+    federation.server_tls = federation.authority.issue([x509.DNSName("elsewhere.org")], tls.authority)
+    federation.coordinator()
+    assert "for another name or address" in sentence(tls)

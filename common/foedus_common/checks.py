@@ -1,0 +1,95 @@
+"""What `doctor` finds, at the coordinator and at a site alike: one line for each check, and what to do about it.
+
+A check looks and changes nothing. What it looks at is for the two `doctor` modules; here is what they share.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+from foedus_common.certificates import DAY
+from foedus_common.clock import iso
+from foedus_common.errors import FoedusError, LocalError
+from foedus_common.terminal import console, print_json
+
+LEAST_FREE = 1 << 30
+"""Bytes. Below, a round could stop in the middle for want of room."""
+AMPLE_FREE = 5 << 30
+_STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's result. A note is no fault but should be known; `sentence` says what was found and what to do."""
+
+    check: str
+    state: Literal["ok", "note", "problem"]
+    sentence: str
+
+
+class Note(Exception):
+    """Raised by a look that found no fault, but something that a person should know."""
+
+
+def examine(check: str, look: Callable[[], str]) -> Finding:
+    """ok with what `look` returns, a note with what it raises as Note, a problem with the sentence of its error."""
+    try:
+        return Finding(check, "ok", look())
+    except Note as note:
+        return Finding(check, "note", str(note))
+    except FoedusError as error:
+        return Finding(check, "problem", str(error))
+    except OSError as error:
+        return Finding(check, "problem", f"{error.filename or check}: {error.strerror}; look into it by hand.")
+
+
+def show(findings: Iterable[Finding], as_json: bool) -> int:
+    """Prints the findings; gives the program's exit code: 1 if there is a problem."""
+    found = list(findings)
+    if as_json:
+        print_json(found)
+    else:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for each in found:
+            table.add_row(f"[{_STYLES[each.state]}]{each.state}[/]", each.check, each.sentence)
+        console.print(table)
+    return int(any(each.state == "problem" for each in found))
+
+
+# --- Looks that both sides share ---
+
+
+def private(home: Path) -> str:
+    """Raises LocalError when others on this machine can look into the home."""
+    for folder, _, files in os.walk(home):
+        for path in [Path(folder), *(Path(folder, name) for name in files)]:
+            if path.lstat().st_mode & 0o077:
+                raise LocalError(f"Others on this machine can read {path}; run `chmod -R go-rwx {home}`.")
+    return f"Nobody else can look into {home}."
+
+
+def lasts(what: str, ends: float, now: float, *, soon_days: float, advice: str) -> str:
+    """Raises LocalError when it has ended, Note when it ends within `soon_days`."""
+    if now > ends:
+        raise LocalError(f"{what} ended on {iso(ends)}; {advice}.")
+    if now > ends - soon_days * DAY:
+        raise Note(f"{what} ends on {iso(ends)}; {advice} before then.")
+    return f"{what} is good until {iso(ends)}."
+
+
+def room(folder: Path) -> str:
+    """Raises LocalError when the disk is almost full, Note when it is getting there."""
+    free = shutil.disk_usage(folder).free
+    sentence = f"{free / (1 << 30):.1f} GiB are free at {folder}"
+    if free < LEAST_FREE:
+        raise LocalError(f"{sentence}, too little for a run; make room.")
+    if free < AMPLE_FREE:
+        raise Note(f"{sentence}; make room before a large model's run.")
+    return f"{sentence}."
