@@ -28,6 +28,12 @@ CLOCK = SystemClock()
 PATIENCE = Patience(stage_seconds=3, absent_seconds=30)
 
 
+def environment(rig: Mapping[str, str]) -> dict[str, str]:
+    """What a rigged program needs around it. rig: as in `rigged`."""
+    path = [str(TESTS), str(TESTS / "cluster"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(path), **rig}
+
+
 @dataclass
 class Cluster:
     """A coordinator and sites that have joined, with known updates in place of training. Nothing runs until started."""
@@ -76,8 +82,7 @@ class Cluster:
 
     def _party(self, name: str, rig: Mapping[str, str]) -> Party:
         module = "rigged_coordinator" if name == "operator" else "rigged_site"
-        path = os.pathsep.join([str(TESTS), str(Path(__file__).parent)])
-        self._parties.append(Party(module, self.folder / name, {"PYTHONPATH": path, "FOEDUS_KNOWN": "1", **rig}))
+        self._parties.append(Party(module, self.folder / name, environment({"FOEDUS_KNOWN": "1", **rig})))
         return self._parties[-1]
 
     def stop(self) -> None:
@@ -115,13 +120,33 @@ class Cluster:
             return [(charge.round, charge.state) for charge in ledger.run(run_id).charges]
 
     def plan_state(self, name: str, run_id: int) -> str:
-        """What became of the run's plan at the site."""
-        with closing(SiteStore(self.homes[name] / "site.db", CLOCK)) as store:
-            plan = store.plan_of_run(run_id)
-            return "unknown" if plan is None else plan.state
+        return plan_state(self.homes[name], run_id)
 
     def assert_sums_are_exact(self, agreed: AgreedPlan) -> None:
         assert_sums_are_exact(self.operator, self.homes, agreed)
+
+
+def plan_state(home: Path, run_id: int) -> str:
+    """What became of a run's plan at a site, while its daemon may be running."""
+    with closing(SiteStore(home / "site.db", CLOCK)) as store:
+        plan = store.plan_of_run(run_id)
+        return "unknown" if plan is None else plan.state
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process that a process of ours started."""
+
+    pid: int
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def children(pid: int) -> list[Child]:
+    """The processes whose parent has this id (Linux)."""
+    listed = [(path, path.read_text().rpartition(")")[2].split()) for path in Path("/proc").glob("[0-9]*/stat")]
+    return [Child(int(path.parent.name)) for path, fields in listed if fields[1] == str(pid)]
 
 
 def killed(process: subprocess.Popen[bytes], seconds: float = 60) -> None:

@@ -1,0 +1,242 @@
+"""The whole path by the programs' own commands, with real training: from `foedus init` to an exported adapter.
+
+Three sites enrol and approve; a run goes through a head phase and an adapter phase. In its course the coordinator is
+restarted, a site is restarted, and a trainer is killed. One site runs under strace, where there is one: what was on its
+disk before it opened its data is read from the kernel's own account.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from foedus_client.config import SiteSettings
+from foedus_common.clock import SystemClock
+from foedus_common.model_folder import manifest_sha256
+from foedus_server.config import Home
+from foedus_simulations.parties import OPERATOR, Party, free_ports, until
+from known_sites import write_rows
+from processes import children, environment, plan_state
+from tiny_model import LABELS, rows, write_tiny_model
+
+FIRST, SECOND, TRACED = SITES = ("north", "east", "south")
+CANARY = "zanzibar"
+"""A word that is in every row of every site."""
+
+PLAN = """
+run = {{ name = "small", purpose = "The whole path, once." }}
+model = {{ name = "tiny", sha256 = "{model}" }}
+data = {{ name = "terms" }}
+task = {{ kind = "text-classification", labels = {labels}, max_length = 32 }}
+adapter = {{ rank = 2 }}
+privacy = {{ epsilon = 7.5, delta = 1e-5, clip = 1.0, divisor = 40 }}
+aggregation = {{ optimizer = "fedavgm", momentum = 0.5, average_last = 2 }}
+[[phase]]
+train = "head"
+rounds = 2
+steps = 2
+sampling_rate = 1.0
+learning_rate = 8.0
+budget_share = 0.4
+[[phase]]
+train = "adapter"
+rounds = 2
+steps = 2
+sampling_rate = 0.5
+learning_rate = 2.0
+budget_share = 0.6
+"""
+
+STRACE = [shutil.which("strace") or "", "-D", "-f", "--seccomp-bpf", "-y", "-s", "5000"]
+CALLS = ["-e", "trace=openat,pwrite64,fsync,fdatasync"]
+
+
+class Traced(Party):
+    """Its daemon runs under strace, and is itself the process that is started and signalled (-D)."""
+
+    def command(self, *arguments: str) -> list[str]:
+        traced = [*STRACE, *CALLS, "-o", str(self.home.parent / "strace.txt")] if arguments == ("run",) else []
+        return [*traced, *super().command(*arguments)]
+
+
+def may_trace() -> bool:
+    """Whether strace is here and the system lets it look at processes of ours."""
+    if not STRACE[0]:
+        return False
+    return (
+        subprocess.run([*STRACE, *CALLS, "-o", "/dev/null", "true"], capture_output=True, check=False).returncode == 0
+    )
+
+
+@dataclass
+class Federation:
+    """A finished run; the coordinator and the sites are still up."""
+
+    folder: Path
+    operator: Party
+    sites: dict[str, Party]
+    daemons: dict[str, subprocess.Popen[bytes]]
+    run: str = ""
+
+
+@pytest.fixture(scope="module")
+def finished() -> Iterator[Federation]:
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
+        folder = Path(name)
+        gates = {FIRST: f"1:invite:{folder}/gate-1", TRACED: f"2:invite:{folder}/gate-2"}
+        sites = {
+            site: (Traced if site == TRACED and may_trace() else Party)(
+                "rigged_site", folder / site, environment({"FOEDUS_HOLD": gates.get(site, "")})
+            )
+            for site in SITES
+        }
+        federation = Federation(folder, Party(OPERATOR, folder / "operator"), sites, {})
+        try:
+            set_up(federation)
+            conduct(federation)
+            yield federation
+        finally:
+            for party in (federation.operator, *sites.values()):
+                party.stop()
+
+
+def set_up(made: Federation) -> None:
+    """Keys, enrolment, models and data, as people do it."""
+    operator, model = made.operator, write_tiny_model(made.folder / "tiny")
+    link, enrolment = free_ports(2)
+    operator.ask("init", "--demonstration", "--port", str(link), "--enrolment-port", str(enrolment))
+    operator.start("up", "up", "--json")
+    operator.await_line("up", '"ready"')
+
+    def join(name: str) -> None:
+        site = made.sites[name]
+        token = operator.ask("site", "invite", name, "--org", f"Hospital {name}")["token"]
+        site.start("join", "join", token, "--json")
+        site.await_line("join", "fingerprint")
+        shown = json.loads(site.log("join").read_text().splitlines()[0])["fingerprint"]
+        operator.ask("site", "approve", name, "--fingerprint", shown)
+
+    def open_for_work(name: str) -> None:
+        site, count = made.sites[name], 30 + 10 * SITES.index(name)
+        site.finish("join")
+        (site.home / "site.toml").write_text(SiteSettings(threads=1).to_toml())
+        data = write_rows(made.folder / f"{name}.csv", [(f"{text} {CANARY}", label) for text, label in rows(count)])
+        site.ask("model", "add", str(model))
+        site.ask("data", "add", "terms", str(data))
+        made.daemons[name] = site.start("run", "run")
+
+    with ThreadPoolExecutor() as at_once:
+        list(at_once.map(join, SITES))
+        operator.ask("roster", "sign")
+        list(at_once.map(open_for_work, SITES))
+    operator.ask("model", "add", str(model))
+
+
+def conduct(made: Federation) -> None:
+    """Submits the plan, has it approved, and takes the run through its disturbances to its end."""
+    operator, plan = made.operator, made.folder / "plan.toml"
+    plan.write_text(PLAN.format(model=manifest_sha256(made.folder / "tiny"), labels=json.dumps(LABELS)))
+    made.run = operator.ask("run", "submit", str(plan))["run"]
+
+    def approve(site: Party) -> None:
+        until(lambda: plan_state(site.home, int(made.run)) == "pending", 30, "the plan's arrival")
+        site.ask("approve", made.run)
+
+    with ThreadPoolExecutor() as at_once:
+        list(at_once.map(approve, made.sites.values()))
+    runs = Home.open(operator.home).store(SystemClock()).runs
+
+    def await_rounds(count: int) -> None:
+        until(lambda: runs.run(int(made.run)).rounds_done == count, 90, f"the end of round {count}")
+
+    await_rounds(1)  # the first site is held before the second round
+    operator.stop("up")
+    operator.start("up", "up", "--json")
+    for trainer in children(made.daemons[FIRST].pid):
+        trainer.kill()
+    (made.folder / "gate-1").touch()
+
+    await_rounds(2)  # the traced site is held before the third
+    made.sites[SECOND].stop("run")
+    made.daemons[SECOND] = made.sites[SECOND].start("run", "run")
+    (made.folder / "gate-2").touch()
+    watched = operator.attempt("run", "watch", made.run)
+    assert watched.returncode == 0, watched.stdout
+
+
+# --- What the run left behind ---
+
+
+def test_every_round_is_committed_by_all_three(finished: Federation) -> None:
+    shown = finished.operator.ask("run", "show", finished.run)
+    assert (shown["state"], shown["rounds_done"]) == ("finished", 4)
+    committed = [attempt for attempt in shown["attempts"] if attempt["state"] == "committed"]
+    assert [(attempt["round"], attempt["survivors"]) for attempt in committed] == [(n, sorted(SITES)) for n in range(4)]
+
+
+def test_the_restarted_coordinator_went_on_from_the_last_committed_round(finished: Federation) -> None:
+    attempts = finished.operator.ask("run", "show", finished.run)["attempts"]
+    cut = [(attempt["round"], attempt["reason"]) for attempt in attempts if attempt["state"] == "aborted"]
+    assert (1, "interrupted") in cut
+    assert all(index != 0 for index, _ in cut)
+
+
+def test_the_daemon_outlives_its_trainer(finished: Federation) -> None:
+    assert finished.daemons[FIRST].poll() is None
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_each_site_spent_what_the_plan_said_and_nothing_stays_reserved(finished: Federation, name: str) -> None:
+    site = finished.sites[name]
+    until(lambda: plan_state(site.home, int(finished.run)) == "finished", 10, "the site hearing that the run ended")
+    (line,) = site.ask("ledger")
+    assert 0 < line["spent"] <= 7.5
+    assert line["reserved"] == 0
+    assert line["releases"] >= 4
+    assert site.attempt("ledger", "--verify").returncode == 0
+
+
+def test_the_coordinators_journal_is_whole(finished: Federation) -> None:
+    facts = finished.operator.ask("audit", "verify")
+    assert facts["entries"] > 10
+
+
+def test_every_rounds_adapter_is_evaluated_and_the_last_one_exported(finished: Federation) -> None:
+    held_out = write_rows(finished.folder / "held-out.csv", rows(30))
+    scores = finished.operator.ask("run", "evaluate", finished.run, "--data", str(held_out), "--every-round")
+    assert [score["round"] for score in scores] == [1, 2, 3, 4]
+    assert all(0 <= score["accuracy"] <= 1 and score["rows"] == 30 for score in scores)
+    folder = finished.folder / "adapter"
+    finished.operator.ask("run", "export", finished.run, "--to", str(folder))
+    exported = {path.name for path in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "head.safetensors", "labels.json"} <= exported
+
+
+def test_no_word_of_the_data_is_anywhere_but_in_the_data(finished: Federation) -> None:
+    files = [path for path in finished.folder.rglob("*") if path.is_file() and path.name != "strace.txt"]
+    holding = {path.name for path in files if CANARY.encode() in path.read_bytes()}
+    assert holding == {f"{name}.csv" for name in SITES}
+
+
+def test_the_reservation_is_on_disk_before_the_data_is_opened(finished: Federation) -> None:
+    if not isinstance(finished.sites[TRACED], Traced):
+        pytest.skip("strace is not installed, or the system does not let it trace")
+    calls = (finished.folder / "strace.txt").read_text(errors="replace").splitlines()
+    opened = first(calls, "openat(", f'/{TRACED}.csv"')
+    reserved = first(calls, "pwrite64(", "site.db-wal>", "reserve_round")
+    synced = reserved + first(calls[reserved:], "sync(", "site.db-wal>", "= 0")
+    assert reserved < synced < opened
+
+
+def first(calls: list[str], *parts: str) -> int:
+    """The first line that holds all the parts."""
+    return next(number for number, call in enumerate(calls) if all(part in call for part in parts))
