@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import getpass
 import os
 import signal
@@ -16,10 +17,14 @@ from foedus_client import config, enrol
 from foedus_client.accounts import Commitment
 from foedus_client.approval import Approval
 from foedus_client.data import survey
+from foedus_client.doctor import findings
 from foedus_client.high_water import mark_name, state_folder
+from foedus_client.ledger import KEY as LEDGER_KEY
 from foedus_client.ledger import Ledger
-from foedus_client.store import StoredPlan
+from foedus_client.store import SiteStore, StoredPlan
 from foedus_common import terminal
+from foedus_common.backup import restore_backup, write_backup
+from foedus_common.checks import show
 from foedus_common.clock import SystemClock, iso
 from foedus_common.enrolment import decode_token
 from foedus_common.errors import LocalError
@@ -27,18 +32,27 @@ from foedus_common.identity import fingerprint
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
 from foedus_common.randomness import system_random
-from foedus_common.terminal import console, print_facts, print_json, print_table
+from foedus_common.terminal import Json, console, print_facts, print_json, print_table
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Take part in a federation with data that stays here.\n\n"
+    "Begin with `foedus-site join TOKEN`, add a model and data, and keep `foedus-site run` running. Plans wait for "
+    "`foedus-site approve`; `foedus-site ledger` shows what they spend, `foedus-site doctor` what is amiss.",
+)
 model_app = typer.Typer(no_args_is_help=True, help="Base models on this machine; plans name them by their hash.")
 data_app = typer.Typer(no_args_is_help=True, help="Datasets; their rows never leave this machine.")
 app.add_typer(model_app, name="model")
 app.add_typer(data_app, name="data")
 
+PlanName = Annotated[str, typer.Argument(help="Run number, name, or the first digits of the digest.")]
+
 CLOCK = SystemClock()
 ASK_SECONDS = 2.0
+NOT_BACKED_UP = frozenset({"daemon.lock", "partial"})
+"""Names in a home that belong to no copy of it."""
 
 
 class Administrator:
@@ -117,7 +131,7 @@ def _show_waiting(public_key: bytes, root_public_key: bytes, as_json: bool) -> N
 
 @app.command()
 def run(context: typer.Context) -> None:
-    """Run the site's daemon until Ctrl-C."""
+    """Run the site's daemon until Ctrl-C; one for each home."""
     from foedus_client.daemon import log_to_stderr, serve
 
     home = config.SiteHome.open(context.obj)
@@ -133,9 +147,11 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     """Show who this site is and what waits for a decision."""
     acting = Administrator(context.obj)
     roster = acting.membership.roster(CLOCK.now())
+    paused = acting.store.paused()
     facts = {
         "site": acting.membership.name,
         "organisation": acting.membership.token.org,
+        "daemon": f"paused by {paused}" if paused else "running" if acting.home.daemon_runs() else "not running",
         "fingerprint": fingerprint(acting.membership.public_key),
         "coordinator": acting.home.settings.coordinator or acting.membership.token.link_address,
         "certificate ends": iso(acting.membership.certificate_ends()),
@@ -144,6 +160,91 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         "plans waiting": sum(plan.state == "pending" for plan in acting.store.plans()),
     }
     print_json(facts) if as_json else print_facts(facts)
+
+
+@app.command()
+def pause(context: typer.Context, as_json: Json = False) -> None:
+    """Take part in no new round until `resume`: the daemon ends the round under way, then hangs up."""
+    Administrator(context.obj).store.pause(by=getpass.getuser())
+    if as_json:
+        return print_json({"paused": True})
+    console.print("Paused; a round under way is finished first. Next: foedus-site resume")
+
+
+@app.command()
+def resume(context: typer.Context, as_json: Json = False) -> None:
+    """End a pause: the daemon connects again and takes part in the runs that were approved."""
+    Administrator(context.obj).store.resume()
+    if as_json:
+        return print_json({"paused": False})
+    console.print("Back at work, if the daemon runs; `foedus-site status` says so.")
+
+
+@app.command()
+def leave(
+    context: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Leave the federation: this site's keys are deleted here. The ledger and what it counts are kept."""
+    acting = Administrator(context.obj)
+    name = acting.membership.name
+    with acting.home.daemon_lock():
+        if not yes:
+            typer.confirm(f"Delete the keys of {name} and withdraw from all its plans?", abort=True)
+        for plan in acting.store.plans():
+            if plan.state == "approved":
+                acting.approval().withdraw(plan.digest, by=getpass.getuser())
+        enrol.leave(acting.home.path)
+    if as_json:
+        return print_json({"site": name, "left": True})
+    console.print(f"{name} has left. Tell the operator, who ends its membership: foedus site revoke {name}")
+
+
+@app.command()
+def doctor(context: typer.Context, as_json: Json = False) -> None:
+    """Check everything that a run needs here, and say what to do about what is amiss. Exit code 1 if something is."""
+    from foedus_client.link import admission  # gRPC and Flower take a second to import
+
+    found = findings(context.obj, state_folder(os.environ), CLOCK, admission)
+    raise typer.Exit(show(found, as_json))
+
+
+@app.command()
+def backup(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Where it goes. It is as secret as the home: it holds the site's keys.")],
+    as_json: Json = False,
+) -> None:
+    """Write the home to one file, also while the daemon runs. Models and data stay where they are."""
+    acting = Administrator(context.obj)
+    made = write_backup(
+        file,
+        acting.home.path,
+        "site",
+        leave_out=NOT_BACKED_UP,
+        database=acting.home.database.name,
+        copy_database=acting.store.copy_to,
+        now=CLOCK.now(),
+    )
+    if as_json:
+        return print_json({"file": str(file.absolute()), **dataclasses.asdict(made)})
+    console.print(f"{file}: {made.files} files, {made.bytes} bytes. Keep it as safe as the home itself.")
+
+
+@app.command()
+def restore(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="What `foedus-site backup` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Make a new home of a backup. One that is older than what this machine remembers will not be worked with."""
+    restored = restore_backup(file, context.obj, "site")
+    acting = Administrator(context.obj)
+    acting.store.check_high_water()
+    if as_json:
+        return print_json({"home": str(acting.home.path), **dataclasses.asdict(restored)})
+    console.print(f"{acting.home.path} is as it was on {iso(restored.made_at)}. Next: foedus-site doctor")
 
 
 # --- Models and data ---
@@ -257,7 +358,7 @@ def _plan_row(acting: Administrator, stored: StoredPlan) -> dict[str, Any]:
 @app.command()
 def approve(
     context: typer.Context,
-    plan: Annotated[str, typer.Argument(help="Run number, name, or the first digits of the digest.")],
+    plan: PlanName,
     as_json: Json = False,
 ) -> None:
     """Take part in a plan: its whole budget is set aside in the ledger now."""
@@ -272,7 +373,7 @@ def approve(
 @app.command()
 def decline(
     context: typer.Context,
-    plan: Annotated[str, typer.Argument(help="Run number, name, or the first digits of the digest.")],
+    plan: PlanName,
     as_json: Json = False,
 ) -> None:
     """Take no part in a plan; the coordinator learns only that."""
@@ -284,6 +385,21 @@ def decline(
     console.print(f"{agreed.plan.run.name} is declined.")
 
 
+@app.command()
+def withdraw(
+    context: typer.Context,
+    plan: PlanName,
+    as_json: Json = False,
+) -> None:
+    """Leave an approved plan for good: no further round is trained, and budget that was never released returns."""
+    acting = Administrator(context.obj)
+    stored, agreed = acting.plan(plan)
+    acting.approval().withdraw(stored.digest, by=getpass.getuser())
+    if as_json:
+        return print_json({"run": str(stored.run_id), "state": "withdrawn"})
+    console.print(f"This site has withdrawn from {agreed.plan.run.name}; what it released stays spent.")
+
+
 # --- The ledger ---
 
 
@@ -291,15 +407,22 @@ def decline(
 def ledger(
     context: typer.Context,
     verify: Annotated[bool, typer.Option("--verify", help="Recompute the chain and check every signature.")] = False,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="After an older copy was restored and there is no newer one.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --accept-loss: do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what each dataset has spent, what is reserved, and what is left."""
-    acting = Administrator(context.obj)
+    if accept_loss:
+        return _accept_loss(Administrator(context.obj), yes, as_json)
+    home = config.SiteHome.open(context.obj)
+    kept, public_key = _ledger_to_read(home)
     if verify:
-        end = acting.ledger.verify(acting.membership.public_key)
+        end = kept.verify(public_key)
         facts = {"entries": end.number, "head": end.head.hex(), "result": "every entry is where and what it was"}
         return print_json(facts) if as_json else print_facts(facts)
-    lines = acting.ledger.lines(acting.home.settings.policy.budget)
+    lines = kept.lines(home.settings.policy.budget)
     if as_json:
         return print_json(lines)
     print_table(
@@ -319,6 +442,34 @@ def ledger(
         ],
         "No dataset has an account yet; `foedus-site data add` opens one.",
     )
+
+
+def _ledger_to_read(home: config.SiteHome) -> tuple[Ledger, bytes]:
+    """The ledger and the key to check it by; also after the site has left, when nobody writes it any more."""
+    if (home.path / "identity").exists() or not home.database.exists():
+        acting = Administrator(home.path)
+        return acting.ledger, acting.membership.public_key
+    store = SiteStore(home.database, CLOCK)
+    return Ledger(store, CLOCK, sign=lambda message: b""), bytes.fromhex(store.meta(LEDGER_KEY) or "")
+
+
+def _accept_loss(acting: Administrator, yes: bool, as_json: bool) -> None:
+    try:
+        acting.store.check_high_water()
+    except LocalError as error:
+        amiss = str(error)
+    else:
+        raise LocalError("The ledger is in its newest state, so there is no loss to accept.")
+    if not yes:
+        console.print(
+            f"{amiss}\n\nRuns that were approved since that copy was made are not in it at all: ask the operator "
+        )
+        console.print("which there were, and lower [policy] max_epsilon_lifetime by what they may have spent.\n")
+        typer.confirm("Count every run in it that could have gone on as spent in full?", abort=True)
+    lost = acting.ledger.accept_loss(by=getpass.getuser())
+    if as_json:
+        return print_json({"spent_in_full": [str(run) for run in lost]})
+    console.print(f"{len(lost)} runs count as spent in full. The ledger goes on from here.")
 
 
 def main() -> NoReturn:

@@ -124,6 +124,13 @@ class SiteHome:
                 store.set_meta("high_water", name := mark)
         return SiteStore(self.database, clock, HighWater(state, name))
 
+    def daemon_runs(self) -> bool:
+        try:
+            with self.daemon_lock():
+                return False
+        except LocalError:
+            return True
+
     @contextmanager
     def daemon_lock(self) -> Iterator[None]:
         """Held while the daemon runs; the system lets go of it when the process ends, however it ends.

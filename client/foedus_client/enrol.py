@@ -91,6 +91,14 @@ def join(home: Path, token: Token, call: Call, wait: Wait, *, random: RandomByte
     return Membership(home)
 
 
+def leave(home: Path) -> None:
+    """Stop being the site: its keys, certificate and roster are deleted here. What the operator has is not changed."""
+    for folder in ("retired", "joining", "identity"):
+        if (home / folder).exists():
+            (home / folder).rename(home / "retired")
+            shutil.rmtree(home / "retired")
+
+
 class Membership:
     """What this site is in the federation: read once from its folder, and kept up to date there. Thread-safe.
 

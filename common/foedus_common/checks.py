@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from foedus_common.certificates import DAY
 from foedus_common.clock import iso
@@ -58,7 +59,7 @@ def show(findings: Iterable[Finding], as_json: bool) -> int:
     else:
         table = Table(box=None, show_header=False, pad_edge=False)
         for each in found:
-            table.add_row(f"[{_STYLES[each.state]}]{each.state}[/]", each.check, each.sentence)
+            table.add_row(Text(each.state, style=_STYLES[each.state]), Text(each.check), Text(each.sentence))
         console.print(table)
     return int(any(each.state == "problem" for each in found))
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from foedus_common.errors import FoedusError, RemoteError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+"""The option of every command that prints a result."""
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)

@@ -1,7 +1,11 @@
-"""`foedus`: the operator's program. Each command is a few lines around `commands`, `registry` or `service`."""
+"""`foedus`: the operator's program. Each command is a few lines around `commands`, `registry` or `service`.
+
+The commands about models, plans and runs are in `cli_runs`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -12,6 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from foedus_common import journal, terminal
+from foedus_common.backup import restore_backup, write_backup
+from foedus_common.checks import show
 from foedus_common.clock import SystemClock, iso
 from foedus_common.errors import LocalError
 from foedus_common.identity import (
@@ -25,23 +31,24 @@ from foedus_common.identity import (
     read_key,
     read_public_key,
 )
-from foedus_common.plan import read_plan
 from foedus_common.randomness import system_random
-from foedus_common.terminal import console, print_facts, print_json, print_table
-from foedus_server import config, watch
-from foedus_server.commands import Operator, as_facts, describe
+from foedus_common.terminal import Json, console, print_facts, print_json, print_table
+from foedus_server import config
+from foedus_server.cli_runs import model_app, operator, plan_app, run_app
+from foedus_server.doctor import findings
 from foedus_server.registry import Registry
-from foedus_server.store import Run
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Coordinate a federation: who belongs to it, what is trained, what came out.\n\n"
+    "Begin with `foedus init`, `foedus up`, and `foedus site invite NAME --org ORGANISATION` for each site; then add a "
+    "model, write a plan and submit it. `foedus doctor` says what is amiss.",
+)
 root_app = typer.Typer(no_args_is_help=True, help="The consortium's root key, on the machine that is kept offline.")
 site_app = typer.Typer(no_args_is_help=True, help="Who belongs to the federation.")
 roster_app = typer.Typer(no_args_is_help=True, help="The list of members that the root signs.")
-model_app = typer.Typer(no_args_is_help=True, help="Base models, by the hash of their files.")
-plan_app = typer.Typer(no_args_is_help=True, help="Plans: what a run does, in numbers.")
-run_app = typer.Typer(no_args_is_help=True, help="Runs: submit, follow, stop, resume, export, evaluate.")
 audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened here.")
 for name, group in {
     "root": root_app,
@@ -54,7 +61,11 @@ for name, group in {
 }.items():
     app.add_typer(group, name=name)
 
+SiteName = Annotated[str, typer.Argument(help="As `foedus site list` shows it.")]
+
 CLOCK = SystemClock()
+NOT_BACKED_UP = frozenset({"coordinator.log", "partial", "uploads"})
+"""Names in a home that belong to no copy of it."""
 
 
 @app.callback()
@@ -63,10 +74,6 @@ def choose_home(
     home: Annotated[Path | None, typer.Option(help="Home folder; else $FOEDUS_HOME, else ./foedus-home.")] = None,
 ) -> None:
     context.obj = config.home_path(home, os.environ)
-
-
-def operator(context: typer.Context) -> Operator:
-    return Operator(config.Home.open(context.obj), CLOCK, system_random)
 
 
 def registry(context: typer.Context) -> Registry:
@@ -111,12 +118,14 @@ def init(
 @root_app.command("new")
 def root_new(
     file: Annotated[Path, typer.Argument(help="Where the private key goes; FILE.pub is its public half.")],
+    as_json: Json = False,
 ) -> None:
     """Make the consortium's root key. Do it on a machine that is kept offline."""
     public = config.create_root_key(file, system_random)
     public_file = file.with_name(f"{file.name}.pub")
     public_file.write_bytes(public_pem(public))
-    print_facts({"private key": file, "public key": public_file, "fingerprint": fingerprint(public)})
+    facts = {"private key": file, "public key": public_file, "fingerprint": fingerprint(public)}
+    print_json(facts) if as_json else print_facts(facts)
 
 
 @app.command()
@@ -141,6 +150,47 @@ def up(context: typer.Context, as_json: Json = False) -> None:
     service.stop()
 
 
+@app.command()
+def doctor(context: typer.Context, as_json: Json = False) -> None:
+    """Check everything that a run needs here, and say what to do about what is amiss. Exit code 1 if something is."""
+    raise typer.Exit(show(findings(context.obj, CLOCK), as_json))
+
+
+@app.command()
+def backup(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Where it goes. It is as secret as the home: it holds its keys.")],
+    as_json: Json = False,
+) -> None:
+    """Write the home to one file, also while `foedus up` runs. Models stay where they are."""
+    acting = operator(context)
+    made = write_backup(
+        file,
+        acting.home.path,
+        "coordinator",
+        leave_out=NOT_BACKED_UP,
+        database=config.DATABASE,
+        copy_database=acting.store.database.copy_to,
+        now=CLOCK.now(),
+    )
+    if as_json:
+        return print_json({"file": str(file.absolute()), **dataclasses.asdict(made)})
+    console.print(f"{file}: {made.files} files, {made.bytes} bytes. Keep it as safe as the home itself.")
+
+
+@app.command()
+def restore(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="What `foedus backup` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Make a new home of a backup. Rounds since then are lost; what they cost the sites is not given back."""
+    restored = restore_backup(file, context.obj, "coordinator")
+    if as_json:
+        return print_json({"home": str(context.obj), **dataclasses.asdict(restored)})
+    console.print(f"{context.obj} is as it was on {iso(restored.made_at)}. Next: foedus doctor, then foedus up")
+
+
 # --- Sites and the roster ---
 
 
@@ -156,7 +206,7 @@ def site_invite(
 
 
 @site_app.command("rotate")
-def site_rotate(context: typer.Context, name: str, as_json: Json = False) -> None:
+def site_rotate(context: typer.Context, name: SiteName, as_json: Json = False) -> None:
     """Print a token with which a member makes new keys; the old ones hold until the new ones are approved."""
     _show_token(registry(context).rotate(name).encode(), name, as_json)
 
@@ -193,7 +243,7 @@ def site_list(context: typer.Context, as_json: Json = False) -> None:
 @site_app.command("approve")
 def site_approve(
     context: typer.Context,
-    name: str,
+    name: SiteName,
     fingerprint_read: Annotated[
         str | None, typer.Option("--fingerprint", help="What the site's administrator read aloud.")
     ] = None,
@@ -218,7 +268,7 @@ def site_approve(
 
 
 @site_app.command("revoke")
-def site_revoke(context: typer.Context, name: str, as_json: Json = False) -> None:
+def site_revoke(context: typer.Context, name: SiteName, as_json: Json = False) -> None:
     """End a site's membership; its session ends at once."""
     registry(context).revoke(name)
     if as_json:
@@ -227,10 +277,14 @@ def site_revoke(context: typer.Context, name: str, as_json: Json = False) -> Non
 
 
 @roster_app.command("draft")
-def roster_draft(context: typer.Context, to: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+def roster_draft(
+    context: typer.Context, to: Annotated[Path, typer.Argument(help="File to write.")], as_json: Json = False
+) -> None:
     """Write the list of approved sites, to be carried to the machine with the root key."""
     roster = registry(context).draft_roster()
     to.write_bytes(roster.canonical())
+    if as_json:
+        return print_json({"file": str(to.absolute()), "epoch": roster.epoch, "sites": len(roster.sites)})
     console.print(f"{to} holds epoch {roster.epoch} with {len(roster.sites)} sites.")
     console.print(f"Next, where the root key is: foedus roster sign --root-key FILE --draft {to.name} --to SIGNED")
 
@@ -289,169 +343,6 @@ def read_limited(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise LocalError(f"{path} is larger than the {limit} bytes that such a file can have.")
     return data
-
-
-# --- Models and plans ---
-
-
-@model_app.command("add")
-def model_add(
-    context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face model folder: safetensors and JSON only.")],
-    name: Annotated[str | None, typer.Option(help="Else the folder's name.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Hash a model folder and remember it under its name."""
-    model = operator(context).add_model(folder, name)
-    if as_json:
-        return print_json(model)
-    print_facts({"name": model.name, "sha256": model.manifest_sha256, "folder": model.path})
-
-
-@model_app.command("list")
-def model_list(context: typer.Context, as_json: Json = False) -> None:
-    """Show the models that plans can name."""
-    models = operator(context).store.runs.models()
-    if as_json:
-        return print_json(models)
-    rows = [(model.name, model.manifest_sha256, model.path) for model in models]
-    print_table(["model", "sha256", "folder"], rows, "No models yet; `foedus model add FOLDER` adds one.")
-
-
-@plan_app.command("new")
-def plan_new(file: Annotated[Path, typer.Argument(help="Where to write the plan.")] = Path("plan.toml")) -> None:
-    """Write a plan to start from, with a comment on every number."""
-    if file.exists():
-        raise LocalError(f"{file} exists and is not overwritten; give another name.")
-    file.write_text((Path(__file__).parent / "plan_template.toml").read_text(encoding="utf-8"), encoding="utf-8")
-    console.print(f"{file} is written. Fill it in, then: foedus plan check {file}")
-
-
-@plan_app.command("check")
-def plan_check(context: typer.Context, plan: Path, as_json: Json = False) -> None:
-    """Check a plan whole, as `run submit` does, and say what it means. No site is asked."""
-    facts = describe(operator(context).prepare(plan).agreed)
-    if as_json:
-        return print_json(facts)
-    print_facts({key: value for key, value in facts.items() if key not in ("phases", "digest")})
-    print_table(
-        ["phase", "rounds", "numbers trained", "noise multiplier", "bytes up a round"],
-        [
-            (p["train"], p["rounds"], p["parameters"], _short(p["noise_multiplier"]), p["bytes_up_per_round"])
-            for p in facts["phases"]
-        ],
-        "",
-    )
-
-
-def _short(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3g}"
-
-
-# --- Runs ---
-
-
-def _run(context: typer.Context, text: str) -> tuple[Operator, Run]:
-    acting = operator(context)
-    return acting, acting.store.runs.find(text)
-
-
-@run_app.command("submit")
-def run_submit(context: typer.Context, plan: Path, as_json: Json = False) -> None:
-    """Check a plan, sign it and put it before the sites."""
-    read_plan(plan)  # the quick mistakes first
-    run = operator(context).submit(plan)
-    if as_json:
-        return print_json({"run": str(run.run_id), "name": run.name})
-    console.print(f"Run {run.run_id} ({run.name}) is submitted; its sites' administrators decide now.")
-    console.print(f"Next: foedus run watch {run.name}")
-
-
-@run_app.command("list")
-def run_list(context: typer.Context, as_json: Json = False) -> None:
-    """Show every run, newest first."""
-    runs = operator(context).store.runs.all()
-    rows = [(run.run_id, run.name, run.state, f"{run.rounds_done}/{run.rounds}", run.reason or "") for run in runs]
-    if as_json:
-        keys = ("run", "name", "state", "rounds", "reason")
-        return print_json([dict(zip(keys, map(str, row), strict=True)) for row in rows])
-    print_table(["run", "name", "state", "rounds", "reason"], rows, "No runs yet; `foedus run submit PLAN.toml`.")
-
-
-@run_app.command("show")
-def run_show(context: typer.Context, run: str, as_json: Json = False) -> None:
-    """Show a run: state, plan in numbers, each round with its cohort, bytes and seconds."""
-    acting, found = _run(context, run)
-    if as_json:
-        return print_json(as_facts(found, acting))
-    watch.show(acting.store, found.run_id)
-
-
-@run_app.command("watch")
-def run_watch(context: typer.Context, run: str) -> None:
-    """Follow a run until it ends; Ctrl-C stops watching, not the run."""
-    acting, found = _run(context, run)
-    final = watch.follow(acting.store, found.run_id)
-    if final.state != "finished":
-        raise typer.Exit(1)
-
-
-@run_app.command("stop")
-def run_stop(context: typer.Context, run: str, as_json: Json = False) -> None:
-    """Stop a run after the message under way; its adapters stay."""
-    acting, found = _run(context, run)
-    stopped = acting.stop(found)
-    if as_json:
-        return print_json({"run": str(stopped.run_id), "state": stopped.state})
-    console.print(f"{stopped.name} is stopping.")
-
-
-@run_app.command("resume")
-def run_resume(context: typer.Context, run: str, as_json: Json = False) -> None:
-    """Take up a stopped or failed run after its last committed round. Its sites decide anew."""
-    acting, found = _run(context, run)
-    resumed = acting.resume(found)
-    if as_json:
-        return print_json({"run": str(resumed.run_id), "state": resumed.state, "rounds_done": resumed.rounds_done})
-    console.print(f"{resumed.name} goes on after round {resumed.rounds_done}; its sites' administrators decide anew.")
-    console.print(f"Next: foedus run watch {resumed.name}")
-
-
-@run_app.command("export")
-def run_export(
-    context: typer.Context,
-    run: str,
-    to: Annotated[Path | None, typer.Option(help="Folder to write; else RUN-adapter here.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Write the adapter as a PEFT folder with its head, its labels and a card that says how to load it."""
-    acting, found = _run(context, run)
-    folder = to or Path(f"{found.name}-adapter")
-    acting.export(found, folder)
-    if as_json:
-        return print_json({"run": str(found.run_id), "folder": str(folder.resolve())})
-    console.print(f"The adapter of {found.name} is in {folder}; its README.md has the lines that load it.")
-
-
-@run_app.command("evaluate")
-def run_evaluate(
-    context: typer.Context,
-    run: str,
-    data: Annotated[Path, typer.Option(help="Held-out rows that the consortium owns: CSV.")],
-    text: Annotated[str, typer.Option(help="Column with the text.")] = "text",
-    label: Annotated[str, typer.Option(help="Column with the label.")] = "label",
-    every_round: Annotated[bool, typer.Option("--every-round", help="Not only the last.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure accuracy on held-out rows, in a child process."""
-    acting, found = _run(context, run)
-    results = acting.evaluate(found, data, text, label, every_round)
-    if as_json:
-        return print_json([result.as_json() for result in results])
-    rows = [
-        (result.round, f"{result.accuracy:.3f}", f"±{result.standard_error:.3f}", result.rows) for result in results
-    ]
-    print_table(["after round", "accuracy", "standard error", "rows"], rows, "")
 
 
 # --- Audit ---

@@ -43,6 +43,7 @@ from foedus_common.tables import parse, read_toml
 from foedus_server.store import Store
 
 SETTINGS = "foedus.toml"
+DATABASE = "foedus.db"
 RENEW_DAYS = 30
 
 
@@ -239,7 +240,7 @@ def create_root_key(path: Path, random: RandomBytes) -> bytes:
 
 
 def _database_url(home: Path, settings: Settings) -> str:
-    return settings.database or f"sqlite:///{home / 'foedus.db'}"
+    return settings.database or f"sqlite:///{home / DATABASE}"
 
 
 def _hosts(settings: Settings) -> list[str]:

@@ -56,6 +56,13 @@ def _follow_in_lines(store: Store, run_id: int) -> Run:
         threading.Event().wait(LOOK_SECONDS)
 
 
+def await_end(store: Store, run_id: int) -> Run:
+    """The run when it has ended; shows nothing."""
+    while (run := store.runs.run(run_id)).state not in ENDED:
+        threading.Event().wait(LOOK_SECONDS)
+    return run
+
+
 def show(store: Store, run_id: int) -> None:
     """The whole run, once."""
     run = store.runs.run(run_id)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,20 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def copy_to(self, path: Path) -> None:
+        """A copy of the SQLite file as it is now, whole, while others may go on writing it. Raises LocalError for a
+        database of another kind."""
+        if self._engine.dialect.name != "sqlite":
+            raise LocalError(
+                "The database is not a file of the home; back it up with its own tool (pg_dump), and with `foedus up` "
+                "stopped copy the home's folder."
+            )
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with self._engine.connect() as connection, closing(sqlite3.connect(path)) as copy:
+            opened = connection.connection.driver_connection
+            assert isinstance(opened, sqlite3.Connection)
+            opened.backup(copy)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

@@ -1,0 +1,198 @@
+"""`foedus-site doctor`: whether this site can take part in a run now. Looks at everything once and changes nothing.
+
+The coordinator is reached as the daemon reaches it, step by step, so that a closed firewall, a foreign certificate and
+a revoked membership are told apart. A daemon that is running is not disturbed. Torch is looked for and not imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from foedus_client.config import SiteHome
+from foedus_client.enrol import Membership
+from foedus_client.high_water import mark_name
+from foedus_client.ledger import Ledger
+from foedus_client.store import Dataset, SiteStore, StoredModel
+from foedus_common.checks import Finding, Note, examine, lasts, private, room
+from foedus_common.clock import Clock
+from foedus_common.errors import LocalError
+from foedus_common.link.transport import TlsIdentity
+from foedus_common.model_folder import manifest_sha256
+
+CONNECT_SECONDS = 5.0
+SKEW_SECONDS = 60.0
+TRAINER = ("torch", "transformers", "peft")
+
+Admission = Callable[[str, TlsIdentity], float]
+"""`foedus_client.link.admission`: given the address and what is shown there, the coordinator's clock."""
+
+
+def findings(path: Path, state: Path, clock: Clock, admission: Admission) -> Iterator[Finding]:
+    """Each check as it is made. What cannot be looked at, because something before it is amiss, is left out.
+
+    state: folder of high-water marks.
+    """
+    yield (settings := examine("settings", lambda: _settings(path)))
+    if settings.state == "problem":
+        return
+    home = SiteHome.open(path)
+    yield examine("files", lambda: private(path))
+    yield examine("disk", lambda: room(path))
+    yield examine("device", lambda: _device(home))
+    yield (membership := examine("membership", lambda: _membership(home)))
+    if membership.state == "problem":
+        return
+    member = Membership(path)
+    yield examine("certificate", lambda: _certificate(member, clock))
+    yield examine("roster", lambda: _roster(member, clock))
+    address = home.settings.coordinator or member.token.link_address
+    yield (network := examine("network", lambda: _reachable(address)))
+    if network.state == "ok":
+        yield examine("coordinator", lambda: _admitted(address, member, clock, admission))
+    yield (database := examine("database", lambda: _database(home, clock)))
+    if database.state != "ok":
+        return
+    store = home.store(clock, state, mark_name(member.name, member.token.root_public_key))
+    yield examine("ledger", lambda: _ledger(store, member, clock))
+    for dataset in store.datasets():
+        yield examine(f"data {dataset.name}", partial(_dataset, dataset))
+    for model in store.models():
+        yield examine(f"model {model.name}", partial(_model, model))
+    yield examine("daemon", lambda: _daemon(home, store))
+    store.close()
+
+
+# --- The machine and the home ---
+
+
+def _settings(path: Path) -> str:
+    SiteHome.open(path)
+    return f"{path / 'site.toml'} says nothing that cannot be."
+
+
+def _device(home: SiteHome) -> str:
+    """Raises LocalError when what the settings ask for is not there."""
+    if missing := [name for name in TRAINER if importlib.util.find_spec(name) is None]:
+        raise LocalError(f"{', '.join(missing)} cannot be imported, so nothing trains; pip install 'foedus[client]'.")
+    wanted = home.settings.device
+    if wanted == "cpu":
+        return "Training is on the CPU, as the settings say."
+    cards = _cards()
+    if wanted == "auto":
+        return f"Training is on {cards[0]}." if cards else "Training is on the CPU: there is no NVIDIA card."
+    number = int(wanted.partition(":")[2] or 0)
+    if number >= len(cards):
+        raise LocalError(f"The settings ask for {wanted}, and nvidia-smi lists {len(cards)} cards; change site.toml.")
+    return f"Training is on {cards[number]}."
+
+
+def _cards() -> list[str]:
+    """The NVIDIA cards of this machine, as their driver names them."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return []
+    try:
+        told = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=15, check=False)
+    except subprocess.TimeoutExpired:
+        raise LocalError('nvidia-smi does not answer; restart the card\'s driver, or set device = "cpu".') from None
+    return [line.partition(" (UUID")[0] for line in told.stdout.splitlines() if line.startswith("GPU ")]
+
+
+def _daemon(home: SiteHome, store: SiteStore) -> str:
+    if by := store.paused():
+        raise Note(f"{by} paused this site; `foedus-site resume` brings it back to work.")
+    if not home.daemon_runs():
+        raise Note("It is not running; start it with `foedus-site run`, best under a service manager.")
+    return "It is running."
+
+
+# --- Membership ---
+
+
+def _membership(home: SiteHome) -> str:
+    if not (home.path / "identity").exists() and (home.path / "joining").exists():
+        raise LocalError("This site waits to be approved; run `foedus-site join` again with the same token.")
+    member = Membership(home.path)
+    return f"This is the site {member.name} of {member.token.org}."
+
+
+def _certificate(member: Membership, clock: Clock) -> str:
+    advice = "ask the operator for a token of `foedus site rotate`"
+    return lasts("This site's certificate", member.certificate_ends(), clock.now(), soon_days=30, advice=advice)
+
+
+def _roster(member: Membership, clock: Clock) -> str:
+    roster = member.roster(now=0)
+    if roster.site(member.name).public_key != member.public_key:
+        raise LocalError(f"The roster lists {member.name} with another key than this site's; ask the operator.")
+    what = f"Epoch {roster.epoch} with {len(roster.sites)} sites"
+    return lasts(what, roster.not_after, clock.now(), soon_days=30, advice="the operator has to sign a new one")
+
+
+# --- The coordinator, one step after the other ---
+
+
+def _reachable(address: str) -> str:
+    """Raises LocalError when no connection can be made at all, and says at which step."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except socket.gaierror:
+        raise LocalError(f"The name {host} does not resolve; ask the operator whether it is right.") from None
+    except TimeoutError:
+        raise LocalError(f"{address} does not answer; let outgoing connections to it through the firewall.") from None
+    except ConnectionRefusedError:
+        raise LocalError(f"Nothing listens at {address}; ask the operator whether `foedus up` is running.") from None
+    return f"{address} answers."
+
+
+def _admitted(address: str, member: Membership, clock: Clock, admission: Admission) -> str:
+    """Raises LocalError when the coordinator is not trusted, does not let this site in, or lives in another time."""
+    try:
+        theirs = admission(address, member.tls())
+    except LocalError as error:
+        raise LocalError(f"{error} At the coordinator `foedus doctor` and `foedus site list` say more.") from None
+    ahead = clock.now() - theirs
+    if abs(ahead) > SKEW_SECONDS:
+        side = "ahead of" if ahead > 0 else "behind"
+        raise LocalError(f"This clock is {abs(ahead):.0f} seconds {side} the coordinator's; set both by a time server.")
+    return f"It shows a certificate that this site trusts, and lets {member.name} in. Both clocks agree."
+
+
+# --- What is in the home ---
+
+
+def _database(home: SiteHome, clock: Clock) -> str:
+    if not home.database.exists():
+        raise Note("There is none yet; `foedus-site model add` and `foedus-site data add` begin it.")
+    SiteStore(home.database, clock).close()
+    return "It opens."
+
+
+def _ledger(store: SiteStore, member: Membership, clock: Clock) -> str:
+    end = Ledger(store, clock, member.key.sign).verify(member.public_key)
+    return f"Its {end.number} entries are where and what they were."
+
+
+def _dataset(dataset: Dataset) -> str:
+    advice = "put it back as it was, or add it under another name"
+    try:
+        with dataset.path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LocalError(f"{dataset.path}: {error.strerror}; {advice}.") from None
+    if found != dataset.file_sha256:
+        raise LocalError(f"{dataset.path} is not what was added; {advice}.")
+    return f"{dataset.path} is what was added, {dataset.rows} rows."
+
+
+def _model(model: StoredModel) -> str:
+    if manifest_sha256(model.path) != model.manifest_sha256:
+        raise LocalError(f"{model.path} is not what was added; put it back as it was, or add it under another name.")
+    return f"{model.path} is what was added."
