@@ -3,9 +3,10 @@
 import json
 import sys
 
-from report import RESULTS
 from rich.console import Console
 from rich.table import Table
+
+from report import RESULTS
 
 table = Table(box=None, header_style="bold", pad_edge=False)
 for column in ("claim", "value", "goal", "holds"):
