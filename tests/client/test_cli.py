@@ -1,0 +1,288 @@
+"""`foedus-site` as an administrator types it: what each command prints, which exit code it ends with, what it keeps.
+
+The site has joined by the coordinator's own registry, without a network; commands run in the test's process, except
+where a signal is the point.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foedus_client import cli
+from foedus_client.config import SiteHome
+from foedus_client.enrol import Membership, join
+from foedus_client.ledger import Ledger
+from foedus_client.store import SiteStore
+from foedus_common.clock import SystemClock
+from foedus_common.objects import ObjectRef, ObjectStore
+from foedus_common.plan import AgreedPlan, schedule
+from foedus_common.protocol.messages import VectorRef
+from foedus_common.terms import round_terms
+from foedus_server.config import Link, Settings
+from foedus_server.link import LinkServer
+from foedus_server.registry import ApprovedSites
+from foedus_simulations.parties import SITE, Party, free_ports
+from known_sites import MODEL, join_site
+from operators import Operator
+from plans import agreed_plan
+from programs import Program, assert_teaches, commands, takes_json
+from seeded import seeded
+from tiny_model import rows
+
+CLOCK = SystemClock()
+COMMANDS = dict(commands(cli.app))
+
+
+class Site(Program):
+    """The program on a home that has joined, with what a coordinator would do to it."""
+
+    operator: Operator
+
+    def receives(self, run_id: int = 7, **changes: Any) -> AgreedPlan:
+        """A proposed plan arrives."""
+        small = {"phase__0__rounds": 2, "phase__1__rounds": 1, "phase__1__sampling_rate": 1.0, "model__sha256": MODEL}
+        agreed = replace(agreed_plan(**{**small, **changes}), run_id=run_id, noise_multipliers=(30.0, 12.0))
+        with closing(SiteStore(self.home / "site.db", CLOCK)) as store:
+            store.put_plan(agreed.digest(), run_id, agreed.canonical(), b"s" * 64)
+        return agreed
+
+    def releases(self, agreed: AgreedPlan, index: int) -> None:
+        """A round was trained and its vector stored for sending."""
+        member = Membership(self.home)
+        with closing(cli.Administrator(self.home).store) as store:
+            ledger = Ledger(store, CLOCK, member.key.sign, member.public_key)
+            terms = round_terms(agreed, schedule(agreed.plan)[index], ObjectRef("d" * 64, 400))
+            ledger.release(ledger.reserve_round(agreed.run_id, index), terms, VectorRef(b"v" * 32, 800))
+
+    @property
+    def states(self) -> list[str]:
+        return [plan["state"] for plan in self("plans", "--json").json]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        (line,) = self("ledger", "--json").json
+        return line  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    site = Site(cli.main, tmp_path / "north", monkeypatch, capsys)
+    site.operator = Operator(tmp_path / "operator", CLOCK)
+    SiteHome.create(site.home)
+    join_site(site.operator, site.home, "north", CLOCK, rows())
+    yield site
+    site.operator.close()
+
+
+# --- Every command ---
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_its_help_teaches(words: str) -> None:
+    assert_teaches(COMMANDS[words])
+
+
+@pytest.mark.parametrize("words", set(COMMANDS) - {"run"})
+def test_it_prints_json_when_asked(words: str) -> None:
+    assert takes_json(COMMANDS[words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["status", "plans", "ledger", "model list", "data list", "pause", "resume", "leave --yes", "approve 7", "backup b"],
+)
+def test_without_a_home_it_says_how_to_get_one(site: Site, tmp_path: Path, words: str) -> None:
+    nowhere = Site(cli.main, tmp_path / "nowhere", site._monkeypatch, site._capsys)
+    ended = nowhere(*words.split())
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == (
+        f"foedus-site: There is no site home at {nowhere.home}; `foedus-site join` makes one, --home names another.\n"
+    )
+
+
+def test_a_home_that_has_not_joined_says_so(site: Site, tmp_path: Path) -> None:
+    SiteHome.create(tmp_path / "new")
+    ended = Site(cli.main, tmp_path / "new", site._monkeypatch, site._capsys)("status")
+    assert ended.code == 2
+    assert "has joined no federation yet" in ended.err
+
+
+@pytest.mark.parametrize("words", ["nothing", "status --nothing", "approve", "data add x"])
+def test_what_it_does_not_understand_ends_with_2(site: Site, words: str) -> None:
+    assert site(*words.split()).code == 2
+
+
+# --- Plans ---
+
+
+def test_a_plan_is_approved_and_withdrawn_from(site: Site) -> None:
+    agreed = site.receives()
+    assert site.states == ["pending"]
+    assert site("approve", "7", "--json").json == {"run": "7", "state": "approved"}
+    assert site.line["reserved"] > 0
+    site.releases(agreed, 0)
+    spent = site.line["spent"]
+    assert site("withdraw", "icd-chapters", "--json").json == {"run": "7", "state": "withdrawn"}
+    assert (site.line["spent"], site.line["reserved"], site.states) == (spent, 0, ["withdrawn"])
+    again = site("withdraw", "7")
+    assert (again.code, again.err) == (
+        2,
+        "foedus-site: The plan is withdrawn, so there is nothing to withdraw from; see `foedus-site plans`.\n",
+    )
+    assert "nothing to decide" in site("approve", "7").err
+
+
+def test_a_plan_above_policy_is_refused_with_its_reasons(site: Site) -> None:
+    site.receives(adapter__rank=100)
+    (plan,) = site("plans", "--json").json
+    assert plan["reasons"] == ["The plan's adapter has rank 100, and [policy] max_rank is 64."]
+    ended = site("approve", "7")
+    assert (ended.code, ended.err) == (2, f"foedus-site: {plan['reasons'][0]}\n")
+    assert site("decline", "7", "--json").json == {"run": "7", "state": "declined"}
+    assert site("decline", "nothing").code == 2
+
+
+# --- Pause and leave ---
+
+
+def test_a_pause_is_shown_until_it_ends(site: Site) -> None:
+    assert site("status", "--json").json["daemon"] == "not running"
+    assert site("pause", "--json").json == {"paused": True}
+    assert site("status", "--json").json["daemon"].startswith("paused by ")
+    assert site("resume", "--json").json == {"paused": False}
+    assert site("status", "--json").json["daemon"] == "not running"
+
+
+def test_who_leaves_keeps_the_ledger_and_nothing_that_opens_the_link(site: Site) -> None:
+    agreed = site.receives()
+    site("approve", "7")
+    site.releases(agreed, 0)
+    spent = site.line["spent"]
+    with SiteHome.open(site.home).daemon_lock():
+        assert "A daemon is running" in site("leave", "--yes").err
+    assert site("leave", "--yes", "--json").json == {"site": "north", "left": True}
+    assert not (site.home / "identity").exists()
+    assert site("status").code == 2
+    assert (site.line["spent"], site.line["reserved"]) == (spent, 0)
+    assert site("ledger", "--verify").code == 0
+
+
+def test_who_says_no_has_not_left(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.confirm", lambda *words, abort: (_ for _ in ()).throw(cli.typer.Abort()))
+    assert site("leave").code == 1
+    assert site("status").code == 0
+
+
+def test_who_comes_back_under_another_name_goes_on_with_the_same_ledger(site: Site) -> None:
+    agreed = site.receives()
+    site("approve", "7")
+    site.releases(agreed, 0)
+    before = site("ledger", "--verify", "--json").json["entries"]
+    site("leave", "--yes")
+    site.operator.registry.revoke("north")
+    join_again(site, "north-2")
+    assert site("status", "--json").json["site"] == "north-2"
+    assert site("ledger", "--verify", "--json").json["entries"] == before + 2  # the run's end, and the new key
+    site.receives(8)
+    assert site("approve", "8").code == 0
+
+
+def join_again(site: Site, name: str) -> None:
+    def approve(public_key: bytes) -> None:
+        site.operator.registry.approve(name, public_key)
+        site.operator.sign_roster()
+
+    token = site.operator.registry.invite(name, "Organisation of north")
+    join(site.home, token, site.operator.registry.enrol, approve, random=seeded(name), clock=CLOCK)
+
+
+# --- Copies ---
+
+
+def test_a_backup_of_the_newest_state_is_restored_and_works(site: Site, tmp_path: Path) -> None:
+    agreed = site.receives()
+    site("approve", "7")
+    site.releases(agreed, 0)
+    made = site("backup", str(tmp_path / "copy"), "--json").json
+    assert (made["kind"], made["bytes"]) == ("site", (tmp_path / "copy").stat().st_size)
+    line = site.line
+    site.home.rename(tmp_path / "broken")
+    restored = site("restore", str(tmp_path / "copy"), "--json").json
+    assert (restored["home"], restored["files"]) == (str(site.home), made["files"])
+    assert site.line == line
+    site.releases(agreed, 1)
+
+
+def test_an_older_backup_stops_until_the_loss_is_accepted(site: Site, tmp_path: Path) -> None:
+    agreed = site.receives()
+    site("approve", "7")
+    site.releases(agreed, 0)
+    whole = site.line["spent"] + site.line["reserved"]
+    site("backup", str(tmp_path / "copy"))
+    site.releases(agreed, 1)
+    assert "no loss to accept" in site("ledger", "--accept-loss", "--yes").err
+
+    site.home.rename(tmp_path / "broken")
+    ended = site("restore", str(tmp_path / "copy"))
+    assert (ended.code, "restored from an older copy" in ended.err) == (2, True)
+    site.receives(8)
+    for words in ("approve 8", "withdraw 7", "ledger --verify", "run"):
+        ended = site(*words.split())
+        assert (ended.code, "restored from an older copy" in ended.err) == (2, True), words
+    assert site.states == ["approved", "pending"]
+    assert site("status").code == 0
+
+    assert site("ledger", "--accept-loss", "--yes", "--json").json == {"spent_in_full": ["7"]}
+    assert (site.line["spent"], site.line["reserved"]) == (pytest.approx(whole), 0)
+    assert site.states == ["withdrawn", "pending"]
+    assert site("ledger", "--verify").code == 0
+
+
+def test_a_backup_is_restored_into_a_new_home_only(site: Site, tmp_path: Path) -> None:
+    site("backup", str(tmp_path / "copy"))
+    assert "is not overwritten" in site("backup", str(tmp_path / "copy")).err
+    assert "into a new home only" in site("restore", str(tmp_path / "copy")).err
+
+
+# --- Signals ---
+
+
+def test_ctrl_c_ends_a_join_that_waits_and_a_second_one_goes_on_from_there(tmp_path: Path) -> None:
+    port, enrolment_port = free_ports(2)
+    settings = Settings("Test", link=Link(port=port, enrolment_port=enrolment_port))
+    with closing(Operator(tmp_path / "operator", CLOCK, settings)) as operator:
+        link = enrolling(operator)
+        token = operator.registry.invite("north", "North").encode()
+        with Party(SITE, tmp_path / "north") as north:
+            waiting = north.start("join", "join", token, "--json")
+            north.await_line("join", '"waiting": true')
+            waiting.send_signal(signal.SIGINT)
+            assert waiting.wait(timeout=30) == 130
+            operator.registry.approve("north", operator.registry.site("north").waiting_key or b"")
+            operator.sign_roster()
+            assert north.ask("join", token)["site"] == "north"
+        link.drain_and_stop(0.5)
+
+
+def enrolling(operator: Operator) -> LinkServer:
+    """The operator's two ports, listening."""
+    home = operator.home
+    link = LinkServer(
+        address=home.settings.listen_address,
+        enrol_address=home.settings.enrolment_listen_address,
+        tls=home.tls(operator.random, CLOCK),
+        directory=ApprovedSites(operator.store, CLOCK),
+        objects=ObjectStore(home.objects),
+        uploads=home.path / "uploads",
+        enrol=operator.registry.enrol,
+    )
+    link.start()
+    return link

@@ -1,0 +1,190 @@
+"""`foedus` as an operator types it: what each command prints and which exit code it ends with.
+
+Commands run in the test's process, except where a signal is the point. Plans that need a model are in
+`tests/cluster/test_whole_path.py`.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from foedus_common.clock import SystemClock
+from foedus_common.identity import fingerprint
+from foedus_server import cli
+from foedus_simulations.parties import OPERATOR, Party
+from known_sites import plan_of, submit
+from operators import Applicant, Operator
+from programs import Program, assert_teaches, commands, takes_json
+from tiny_model import write_tiny_model
+
+COMMANDS = dict(commands(cli.app))
+RESULTLESS: set[str] = set()
+
+
+class Foedus(Program):
+    operator: Operator
+
+
+@pytest.fixture
+def foedus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Foedus]:
+    foedus = Foedus(cli.main, tmp_path / "home", monkeypatch, capsys)
+    foedus.operator = Operator(foedus.home, SystemClock())
+    yield foedus
+    foedus.operator.close()
+
+
+# --- Every command ---
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_its_help_teaches(words: str) -> None:
+    assert_teaches(COMMANDS[words])
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_it_prints_json_when_asked(words: str) -> None:
+    assert takes_json(COMMANDS[words])
+
+
+@pytest.mark.parametrize(
+    "words", ["up", "site list", "site revoke x", "roster sign", "model list", "run list", "audit verify", "backup b"]
+)
+def test_without_a_home_it_says_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    nowhere = Program(cli.main, tmp_path / "nowhere", monkeypatch, capsys)
+    ended = nowhere(*words.split())
+    assert (ended.code, ended.out) == (2, "")
+    assert (
+        ended.err
+        == f"foedus: There is no Foedus home at {nowhere.home}; `foedus init` makes one, --home names another.\n"
+    )
+
+
+@pytest.mark.parametrize("words", ["nothing", "site nothing", "run show", "run list --nothing"])
+def test_what_it_does_not_understand_ends_with_2(foedus: Foedus, words: str) -> None:
+    assert foedus(*words.split()).code == 2
+
+
+# --- Making a home ---
+
+
+def test_a_home_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foedus = Program(cli.main, tmp_path / "home", monkeypatch, capsys)
+    assert "--demonstration, and not both" in foedus("init").err
+    root = foedus("root", "new", str(tmp_path / "root.key"), "--json").json
+    made = foedus("init", "--root-public-key", root["public key"], "--json").json
+    assert made == {"home": str(foedus.home), "root": root["fingerprint"], "demonstration": False}
+    again = foedus("init", "--demonstration")
+    assert (again.code, "exists and is not empty" in again.err) == (2, True)
+    assert foedus("roster", "sign").code == 2  # its root key is elsewhere
+
+
+# --- Sites and the roster ---
+
+
+def test_a_site_from_its_token_to_its_end(foedus: Foedus) -> None:
+    token = foedus("site", "invite", "north", "--org", "North Hospital", "--json").json["token"]
+    assert token.startswith("foedus1-")
+    assert foedus("site", "approve", "north").code == 2
+    applicant = Applicant(foedus.operator, cli_token(token))
+    applicant.ask()
+    read_aloud = fingerprint(applicant.public_key)
+    (row,) = foedus("site", "list", "--json").json
+    assert row == {"name": "north", "org": "North Hospital", "state": "waiting", "fingerprint": read_aloud}
+    assert "has another fingerprint" in foedus("site", "approve", "north", "--fingerprint", "abcd efgh").err
+    assert foedus("site", "approve", "north", "--fingerprint", read_aloud, "--json").json["site"] == "north"
+    assert foedus("roster", "sign", "--json").json["sites"] == ["north"]
+    assert foedus("site", "rotate", "north", "--json").json["token"] != token
+    assert foedus("site", "revoke", "north", "--json").json == {"site": "north", "state": "revoked"}
+    assert foedus("site", "revoke", "south").code == 2
+
+
+def cli_token(text: str):  # type: ignore[no-untyped-def]
+    from foedus_common.enrolment import decode_token
+
+    return decode_token(text)
+
+
+# --- Models and plans ---
+
+
+def test_models_and_plans(foedus: Foedus, tmp_path: Path) -> None:
+    added = foedus("model", "add", str(write_tiny_model(tmp_path / "tiny")), "--json").json
+    assert foedus("model", "list", "--json").json == [added]
+    assert foedus("model", "add", str(tmp_path)).code == 2
+    written = foedus("plan", "new", str(tmp_path / "plan.toml"), "--json").json["file"]
+    assert "is not overwritten" in foedus("plan", "new", written).err
+    assert foedus("plan", "check", written).code == 2
+    assert foedus("run", "submit", written).code == 2
+
+
+# --- Runs ---
+
+
+def test_a_run_is_stopped_and_resumed(foedus: Foedus) -> None:
+    submit(foedus.operator.home, foedus.operator.store, plan_of(rounds=2), run_id=7)
+    runs = foedus.operator.store.runs
+    for action in ("resume", "stop"):
+        ended = foedus("run", action, "7")
+        assert (action, ended.code) in (("resume", 2), ("stop", 0))
+    runs.move(7, ["stopping"], "stopped", "stopped by the operator")
+    assert foedus("run", "stop", "icd-chapters").err == (
+        "foedus: The run icd-chapters is stopped, so it cannot become stopping.\n"
+    )
+    resumed = foedus("run", "resume", "icd-chapters", "--json").json
+    assert resumed == {"run": "7", "state": "inviting", "rounds_done": 0}
+    (row,) = foedus("run", "list", "--json").json
+    assert (row["state"], row["rounds"], row["reason"]) == ("inviting", "0/2", "")
+    runs.move(7, ["inviting"], "failed", "Nobody came.")
+    assert foedus("run", "resume", "7", "--json").json["state"] == "inviting"
+    assert foedus("run", "resume", "nothing").code == 2
+
+
+def test_watching_a_run_that_did_not_finish_ends_with_1(foedus: Foedus) -> None:
+    submit(foedus.operator.home, foedus.operator.store, plan_of(rounds=2), run_id=7)
+    foedus.operator.store.runs.move(7, ["inviting"], "failed", "Nobody came.")
+    ended = foedus("run", "watch", "7")
+    assert (ended.code, ended.out) == (1, "icd-chapters failed after 0 of 2 rounds: Nobody came.\n")
+    shown = foedus("run", "watch", "7", "--json")
+    assert (shown.code, shown.json["state"]) == (1, "failed")
+    assert shown.json == foedus("run", "show", "7", "--json").json
+
+
+# --- Copies ---
+
+
+def test_a_backup_is_restored_whole_into_a_new_home(foedus: Foedus, tmp_path: Path) -> None:
+    foedus("site", "invite", "north", "--org", "North Hospital")
+    submit(foedus.operator.home, foedus.operator.store, plan_of(rounds=2), run_id=7)
+    made = foedus("backup", str(tmp_path / "copy"), "--json").json
+    assert made["kind"] == "coordinator"
+    verified = foedus("audit", "verify", "--json").json
+    assert "into a new home only" in foedus("restore", str(tmp_path / "copy")).err
+    foedus.home.rename(tmp_path / "broken")
+    assert foedus("restore", str(tmp_path / "copy"), "--json").json["files"] == made["files"]
+    assert foedus("audit", "verify", "--json").json == verified
+    assert foedus("run", "resume", "7").code == 2
+    assert foedus("run", "stop", "7").code == 0
+
+
+# --- Signals ---
+
+
+def test_ctrl_c_ends_a_watch_with_130_and_the_coordinator_with_0(tmp_path: Path) -> None:
+    operator = Operator(tmp_path / "home", SystemClock())
+    submit(operator.home, operator.store, plan_of(rounds=2), run_id=7)
+    operator.close()
+    with Party(OPERATOR, operator.home.path) as foedus:
+        watching = foedus.start("watch", "run", "watch", "7", "--json")
+        coordinator = foedus.start("up", "up", "--json")
+        foedus.await_line("up", '"ready"')
+        for process, code in ((watching, 130), (coordinator, 0)):
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == code
