@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 
 from foedus_common.clock import SystemClock
+from foedus_common.enrolment import decode_token
 from foedus_common.identity import fingerprint
 from foedus_server import cli
-from foedus_simulations.parties import OPERATOR, Party
+from foedus_server.config import Link, Settings
+from foedus_simulations.parties import OPERATOR, Party, free_ports
 from known_sites import plan_of, submit
 from operators import Applicant, Operator
 from programs import Program, assert_teaches, commands, takes_json
 from tiny_model import write_tiny_model
 
 COMMANDS = dict(commands(cli.app))
-RESULTLESS: set[str] = set()
 
 
 class Foedus(Program):
@@ -93,7 +94,7 @@ def test_a_site_from_its_token_to_its_end(foedus: Foedus) -> None:
     token = foedus("site", "invite", "north", "--org", "North Hospital", "--json").json["token"]
     assert token.startswith("foedus1-")
     assert foedus("site", "approve", "north").code == 2
-    applicant = Applicant(foedus.operator, cli_token(token))
+    applicant = Applicant(foedus.operator, decode_token(token))
     applicant.ask()
     read_aloud = fingerprint(applicant.public_key)
     (row,) = foedus("site", "list", "--json").json
@@ -104,12 +105,6 @@ def test_a_site_from_its_token_to_its_end(foedus: Foedus) -> None:
     assert foedus("site", "rotate", "north", "--json").json["token"] != token
     assert foedus("site", "revoke", "north", "--json").json == {"site": "north", "state": "revoked"}
     assert foedus("site", "revoke", "south").code == 2
-
-
-def cli_token(text: str):  # type: ignore[no-untyped-def]
-    from foedus_common.enrolment import decode_token
-
-    return decode_token(text)
 
 
 # --- Models and plans ---
@@ -178,7 +173,9 @@ def test_a_backup_is_restored_whole_into_a_new_home(foedus: Foedus, tmp_path: Pa
 
 
 def test_ctrl_c_ends_a_watch_with_130_and_the_coordinator_with_0(tmp_path: Path) -> None:
-    operator = Operator(tmp_path / "home", SystemClock())
+    port, enrolment_port = free_ports(2)
+    settings = Settings("Test", link=Link(port=port, enrolment_port=enrolment_port))
+    operator = Operator(tmp_path / "home", SystemClock(), settings)
     submit(operator.home, operator.store, plan_of(rounds=2), run_id=7)
     operator.close()
     with Party(OPERATOR, operator.home.path) as foedus:
