@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,12 @@ def show(findings: Iterable[Finding], as_json: bool) -> int:
 
 
 def private(home: Path) -> str:
-    """Raises LocalError when others on this machine can look into the home."""
+    """Raises LocalError when something in the home, or the home itself, is open to others on this machine."""
     for folder, _, files in os.walk(home):
         for path in [Path(folder), *(Path(folder, name) for name in files)]:
-            if path.lstat().st_mode & 0o077:
-                raise LocalError(f"Others on this machine can read {path}; run `chmod -R go-rwx {home}`.")
+            mode = path.lstat().st_mode
+            if mode & 0o077 and not stat.S_ISLNK(mode):
+                raise LocalError(f"{path} is open to others (mode {mode & 0o777:o}); run `chmod -R go-rwx {home}`.")
     return f"Nobody else can look into {home}."
 
 
