@@ -150,27 +150,38 @@ def test_icd10_is_the_same_for_the_same_seed_only(cache: Path) -> None:
     assert once(3) != once(4)
 
 
-def test_german_credit_is_text_without_sex_or_origin(tmp_path: Path) -> None:
+def test_german_credit_is_text_without_sex_or_origin_and_as_often_bad_as_good(tmp_path: Path) -> None:
+    """A stand-in for the file: 1,000 lines that differ in their months; 300 are bad."""
     folder = tmp_path / GERMAN.folder
     folder.mkdir()
-    words = {"status": {"A11": "... < 0 DM"}, "telephone": {"A192": True}, "status_sex": {"A93": "male : single"}}
+    words = {
+        "status": {"A11": "... < 0 DM"},
+        "savings": {"A62": "100 <= ... < 500 DM"},
+        "present_employment": {"A75": ".. >= 7 years"},
+        "telephone": {"A192": True},
+        "status_sex": {"A93": "male : single"},
+    }
     (folder / "values_maps.json").write_text(json.dumps(words))
     lines = [
-        f"A11 {months} A34 A43 1169 A65 A75 4 A93 A101 4 A121 67 A143 A152 2 A173 1 A192 A201 {1 + months % 2}"
+        f"A11 {months} A34 A43 1169 A62 A75 4 A93 A101 4 A121 67 A143 A152 2 A173 1 A192 A201 {1 + (months % 10 < 3)}"
         for months in range(1000)
     ]
     (folder / "german.data").write_text("\n".join(lines))
     corpus = german_credit(tmp_path, 0)
-    drawn = (*corpus.train, *corpus.validation, *corpus.held_out)
-    assert [len(part) for part in (corpus.train, corpus.validation, corpus.held_out)] == [700, 100, 200]
-    assert len(set(drawn)) == 1000
+    parts = (corpus.train, corpus.validation, corpus.held_out)
+    assert [Counter(row.label for row in part) for part in parts] == [
+        {"good": half, "bad": half} for half in (190, 30, 80)
+    ]
+    drawn = [row for part in parts for row in part]
+    assert len(set(drawn)) == 600
     for row in drawn:
         months = int(row.group)
         assert row.text.startswith(f"status: < 0 DM; duration: {months}; credit history: A34; ")
+        assert "savings: 100 to 500 DM; present employment: >= 7 years; " in row.text
         assert row.text.endswith("telephone: yes")
         assert "sex" not in row.text
         assert "foreign" not in row.text
-        assert row.label == ("bad" if months % 2 else "good")
+        assert row.label == ("bad" if months % 10 < 3 else "good")
 
 
 def test_a_category_with_many_codes_does_not_fill_its_class() -> None:
