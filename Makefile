@@ -15,9 +15,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
-# Three hospitals and a coordinator on this machine; `make demo SMALL=1` is the two-minute edition.
+# Three hospitals and a coordinator on this machine. One of these may be given: SMALL=1, the two-minute edition;
+# PRIVACY=off, the same without differential privacy; DATA=credit, three bank branches.
+DEMO := $(if $(SMALL),--small) $(if $(PRIVACY),--privacy $(PRIVACY)) $(if $(DATA),--data $(DATA))
 demo: $(READY)
-	$(BIN)/python -m foedus_simulations.demo $(if $(SMALL),--small)
+	$(BIN)/python -m foedus_simulations.demo $(DEMO)
 
 test: lint
 	$(BIN)/pytest -q

@@ -1,14 +1,16 @@
-"""`make demo`: three hospitals and a coordinator, as real processes on this machine, on real data.
+"""`make demo`: three sites and a coordinator, as real processes on this machine, on real data.
 
-Everything a federation does by hand happens here by the same commands: the operator starts, three hospitals join,
-each approves the plan, the run is watched, its adapter exported and evaluated. The hospitals' "alone" figures are
-simulated and charged to nobody's ledger. The root key stays on this machine: a demonstration only.
+Everything a federation does by hand happens here by the same commands: the operator starts, three sites join, each
+approves the plan, the run is watched, its adapter exported and evaluated. What a site reaches alone is simulated and
+charged to nobody's ledger. The root key stays on this machine: a demonstration only.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -18,35 +20,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foedus_client.config import SETTINGS, SiteHome
 from foedus_common.errors import FoedusError, LocalError
-from foedus_common.plan import RunPlan, read_plan, schedule
-from foedus_common.privacy.accounting import GaussianSteps, epsilon
-from foedus_common.privacy.noise import accounted_multiplier
+from foedus_common.plan import read_plan
 from foedus_common.terminal import console
-from foedus_simulations import corpora, reports
+from foedus_simulations import corpora, figures, reports
 from foedus_simulations.corpora import Corpus, Row
+from foedus_simulations.editions import SEED, Edition, edition
 from foedus_simulations.parties import OPERATOR, SITE, Party, free_ports, until
 from foedus_simulations.partition import partition
 from foedus_simulations.report_page import write_page
+from foedus_simulations.report_screen import show
 
-HOSPITALS = ("north", "lakeside", "st-mary")
-DATASET = "coding-terms"
-COLUMNS = ("--text", "note", "--label", "chapter")
-PLANS = Path(__file__).with_name("plans")
-CORPUS_SEED, PARTITION_SEED = 0, 0
+HELD_OUT = Path("data") / "held-out.csv"
 
-
-@dataclass(frozen=True)
-class Edition:
-    """The full demo, or the small one that CI runs in two minutes."""
-
-    plan: Path
-    training_rows: int
-    held_out_rows: int
-
-
-FULL = Edition(PLANS / "icd-chapters.toml", 6_000, 2_000)
-SMALL = Edition(PLANS / "icd-chapters-small.toml", 1_500, 1_000)
+QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait for one another sleep. Spinning, they take the cores from the other parties on this machine: nine
+times the wall time for features, measured on two busy cores."""
 
 
 @dataclass
@@ -65,117 +55,121 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Finished:
-    """What the programs printed about the finished run, as JSON."""
+    """What the programs printed about the finished run, as JSON. ledgers: the dataset's account, by site."""
 
     shown: Mapping[str, Any]
     scores: Sequence[Mapping[str, Any]]
-    ledgers: Mapping[str, Any]
-    plan: Path
+    ledgers: Mapping[str, Mapping[str, Any]]
 
 
-def demo(folder: Path, edition: Edition) -> reports.DemoReport:
-    """Runs the whole demo in `folder`, which is emptied first, and returns what came out."""
+def demo(folder: Path, playing: Edition) -> reports.Report:
+    """Plays an edition in `folder`, which is emptied first, and returns what came out."""
     watch, started = Stopwatch(), time.monotonic()
+    clear(folder)
     with watch.stage("set-up", "Fetching the model and the data"):
         model = corpora.minilm(corpora.default_cache())
-        corpus = corpora.icd10(
-            corpora.default_cache(),
-            seed=CORPUS_SEED,
-            train_rows=edition.training_rows,
-            held_out_rows=edition.held_out_rows,
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        rows = share_out(corpus)
-        for name, part in rows.items():
-            write_rows(folder / "data" / f"{name}.csv", part)
-        write_rows(folder / "data" / "held-out.csv", corpus.held_out)
-    finished = federate(folder, edition, model, corpus, watch)
-    with watch.stage(
-        "alone (simulated)", "Training each hospital alone at the same privacy: simulated, charged to nobody"
-    ):
-        alone = train_alone(finished.plan, model, rows, corpus)
-    return as_report(folder, edition, corpus, rows, finished, alone, watch, time.monotonic() - started)
+        corpus = playing.corpus(corpora.default_cache())
+        rows = share_out(playing, corpus)
+        for file, part in {HELD_OUT: corpus.held_out, **{data_file(name): rows[name] for name in rows}}.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            corpora.write_csv(folder / file, part, *playing.columns)
+    finished = federate(folder, playing, model, corpus, watch)
+    with watch.stage("alone and central", "Training alone, and on all rows in one place: simulated, charged to nobody"):
+        compared = train_without_federation(folder / "plan.toml", model, rows, corpus)
+    return as_report(folder, playing, corpus, rows, finished, compared, watch.seconds, time.monotonic() - started)
 
 
-def share_out(corpus: Corpus) -> dict[str, list[Row]]:
-    """The training rows, hospital by hospital: unequal in number and in what they are about."""
-    columns = {"chapter": [row.label for row in corpus.train]}
-    parts = partition("dirichlet:0.5", columns, label="chapter", sites=len(HOSPITALS), seed=PARTITION_SEED)
-    return {name: [corpus.train[index] for index in part] for name, part in zip(HOSPITALS, parts, strict=True)}
+def clear(folder: Path) -> None:
+    """Empties the folder of an earlier demonstration. Raises LocalError for a folder that holds anything else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / HELD_OUT).exists():
+        raise LocalError(f"{folder} holds something else than a demonstration and is not emptied; give another one.")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    corpora.write_csv(path, rows, "note", "chapter")
+def share_out(playing: Edition, corpus: Corpus) -> dict[str, list[Row]]:
+    """The training rows, site by site."""
+    columns = {"label": [row.label for row in corpus.train]}
+    parts = partition(playing.partition, columns, label="label", sites=len(playing.sites), seed=SEED)
+    return {name: [corpus.train[index] for index in part] for name, part in zip(playing.sites, parts, strict=True)}
+
+
+def data_file(site: str) -> Path:
+    return Path("data") / f"{site}.csv"
 
 
 # --- The federation, by its own commands ---
 
 
-def federate(folder: Path, edition: Edition, model: Path, corpus: Corpus, watch: Stopwatch) -> Finished:
+def federate(folder: Path, playing: Edition, model: Path, corpus: Corpus, watch: Stopwatch) -> Finished:
     with ExitStack() as stack:
         operator = stack.enter_context(Party(OPERATOR, folder / "coordinator"))
-        sites = {name: stack.enter_context(Party(SITE, folder / name)) for name in HOSPITALS}
-        with watch.stage("set-up", f"A coordinator starts; {reports.listed(HOSPITALS)} join"):
-            start_coordinator(operator)
+        sites = {name: stack.enter_context(Party(SITE, folder / name)) for name in playing.sites}
+        with watch.stage("set-up", f"A coordinator starts; {reports.listed(playing.sites)} join"):
+            start_coordinator(operator, playing.federation)
             for name, site in sites.items():
-                join(operator, site, name)
+                join(operator, site, name, f"{name} {playing.noun.one}")
             operator.ask("roster", "sign")
             console.print("Demonstration only: the root key that signed the roster lies on this machine.")
+            if not playing.private:
+                console.print(f"Without privacy: each {playing.noun.one}'s policy gets allow_without_privacy = true.")
             for name, site in sites.items():
                 site.finish("join")
-                open_for_work(site, model, folder / "data" / f"{name}.csv")
-        with watch.stage("set-up", "The operator submits the plan; each hospital's administrator approves it"):
-            plan = fill_in_plan(operator, edition.plan, model, corpus, folder / "plan.toml")
-            run = operator.ask("run", "submit", str(plan))["run"]
+                open_for_work(site, playing, model, folder / data_file(name))
+        with watch.stage(
+            "set-up", f"The operator submits the plan; each {playing.noun.one}'s administrator approves it"
+        ):
+            fill_in_plan(operator, playing.plan, model, corpus, folder / "plan.toml")
+            run = operator.ask("run", "submit", str(folder / "plan.toml"))["run"]
             for site in sites.values():
                 approve(site, run)
-        with watch.stage("run", "The run: every round a secure sum of noised updates"):
+        noised = "noised updates" if playing.private else "updates, without noise"
+        with watch.stage("run", f"The run: every round a secure sum of {noised}"):
             if operator.show("run", "watch", run) != 0:
                 raise LocalError(f"The run did not finish; see {operator.home / 'coordinator.log'}.")
         with watch.stage("evaluation", "Measuring every round's adapter on held-out rows that the consortium owns"):
-            held_out = ("--data", str(folder / "data" / "held-out.csv"), *COLUMNS)
+            text, label = playing.columns
+            held_out = ("--data", str(folder / HELD_OUT), "--text", text, "--label", label)
             scores = operator.ask("run", "evaluate", run, *held_out, "--every-round")
             operator.ask("run", "export", run, "--to", str(folder / "adapter"))
         shown = operator.ask("run", "show", run)
         ledgers = {name: site.ask("ledger")[0] for name, site in sites.items()}
-    return Finished(shown, scores, ledgers, plan)
+    return Finished(shown, scores, ledgers)
 
 
-def start_coordinator(operator: Party) -> None:
+def start_coordinator(operator: Party, federation: str) -> None:
     link, enrolment = free_ports(2)
     ports = ("--port", str(link), "--enrolment-port", str(enrolment))
-    operator.ask("init", "--demonstration", "--federation", "Three hospitals", *ports)
+    operator.ask("init", "--demonstration", "--federation", federation, *ports)
     operator.start("up", "up", "--json")
     operator.await_line("up", '"ready"')
 
 
-def join(operator: Party, site: Party, name: str) -> None:
+def join(operator: Party, site: Party, name: str, org: str) -> None:
     """Both people's part: the token is handed over, the fingerprint read aloud and compared."""
-    token = operator.ask("site", "invite", name, "--org", f"{name} hospital")["token"]
+    token = operator.ask("site", "invite", name, "--org", org)["token"]
     site.start("join", "join", token, "--json")
     site.await_line("join", '"fingerprint"')
     read_aloud = json.loads(site.log("join").read_text().splitlines()[0])["fingerprint"]
     operator.ask("site", "approve", name, "--fingerprint", read_aloud)
 
 
-def open_for_work(site: Party, model: Path, data: Path) -> None:
-    settings = site.home / "site.toml"
-    one_thread = settings.read_text().replace(
-        "threads = 0", "threads = 1"
-    )  # three hospitals share this machine's cores
-    settings.write_text(one_thread)
+def open_for_work(site: Party, playing: Edition, model: Path, data: Path) -> None:
+    """The administrator's settings, model and data; then the daemon runs."""
+    settings = SiteHome.open(site.home).settings
+    policy = dataclasses.replace(settings.policy, allow_without_privacy=not playing.private)
+    changed = dataclasses.replace(settings, threads=1, policy=policy)  # one thread: three sites share these cores
+    (site.home / SETTINGS).write_text(changed.to_toml())
+    text, label = playing.columns
     site.ask("model", "add", str(model))
-    site.ask("data", "add", DATASET, str(data), "--column", "text=note", "--column", "label=chapter")
+    site.ask("data", "add", playing.dataset, str(data), "--column", f"text={text}", "--column", f"label={label}")
     site.start("run", "run")
 
 
-def fill_in_plan(operator: Party, template: Path, model: Path, corpus: Corpus, to: Path) -> Path:
+def fill_in_plan(operator: Party, template: Path, model: Path, corpus: Corpus, to: Path) -> None:
     """The plan as an operator would write it: with the model's hash and the labels."""
     sha256 = operator.ask("model", "add", str(model))["manifest_sha256"]
     text = template.read_text().replace('"MODEL"', json.dumps(sha256))
     to.write_text(text.replace('["LABELS"]', json.dumps(list(corpus.labels), ensure_ascii=False)))
-    return to
 
 
 def approve(site: Party, run: str) -> None:
@@ -186,109 +180,119 @@ def approve(site: Party, run: str) -> None:
 # --- What came out ---
 
 
-def train_alone(plan: Path, model: Path, rows: Mapping[str, Sequence[Row]], corpus: Corpus) -> dict[str, float]:
-    """Accuracy of each hospital alone. torch is imported here, when every other process has ended."""
-    from foedus_common.tasks.text_classification import TextClassifier
-    from foedus_simulations.alone import alone, head_only, pairs
-    from foedus_simulations.randomness import seeded
+@dataclass(frozen=True)
+class Compared:
+    """Accuracies without federation, and how they were had."""
 
-    classifier = TextClassifier.load(model, read_plan(plan))
-    agreed, first = head_only(read_plan(plan), classifier)
-    validation, held_out = classifier.encode(pairs(corpus.validation)), classifier.encode(pairs(corpus.held_out))
-    return {
-        name: alone(classifier, agreed, first, part, validation, held_out, seeded(0, name)).accuracy
-        for name, part in rows.items()
-    }
+    alone: Mapping[str, float]
+    central: float | None
+    sentence: str
+
+
+def train_without_federation(
+    plan_file: Path, model: Path, rows: Mapping[str, Sequence[Row]], corpus: Corpus
+) -> Compared:
+    """Each site alone, and all rows in one place, at the run's privacy. torch is imported here, when every other
+    process has ended."""
+    from foedus_common.tasks.text_classification import TextClassifier
+    from foedus_simulations.alone import RATES, Judges, agree, compare, head_only, pairs
+
+    plan = read_plan(plan_file)
+    classifier = TextClassifier.load(model, plan)
+    judges = Judges(classifier.encode(pairs(corpus.validation)), classifier.encode(pairs(corpus.held_out)))
+    agreed = agree(head_only(plan) if plan.privacy.on else plan, classifier)
+    rates = RATES if plan.privacy.on else (1.0,)
+    found = compare(classifier, agreed, rows, judges, seed=SEED, rates=rates, say=console.print)
+    return Compared(found.alone, found.central, WITH_PRIVACY if plan.privacy.on else WITHOUT_PRIVACY)
+
+
+WITH_PRIVACY = (
+    "Alone: its own rows only, the whole budget spent on the head, and the best of three rates on validation rows. "
+    "Central: the same with all rows in one place. Both are simulated and charged to nobody."
+)
+WITHOUT_PRIVACY = (
+    "Alone: the same plan on its own rows only. Central: the same plan with all rows in one place. Both are simulated."
+)
 
 
 def as_report(
     folder: Path,
-    edition: Edition,
+    playing: Edition,
     corpus: Corpus,
     rows: Mapping[str, Sequence[Row]],
     finished: Finished,
-    alone: Mapping[str, float],
-    watch: Stopwatch,
+    compared: Compared,
+    stages: Mapping[str, float],
     seconds: float,
-) -> reports.DemoReport:
-    plan = read_plan(finished.plan)
-    committed = [attempt for attempt in finished.shown["attempts"] if attempt["state"] == "committed"]
-    run_seconds = watch.seconds.pop("run")
-    secure = sum(sum(stages.values()) - stages["training"] for stages in (each["seconds"] for each in committed))
-    stages = {
-        "set-up": watch.seconds["set-up"],
-        "local training": run_seconds - secure,
-        "secure aggregation": secure,
-        "evaluation": watch.seconds["evaluation"],
-        "alone (simulated)": watch.seconds["alone (simulated)"],
-    }
-    last = finished.scores[-1]
-    return reports.DemoReport(
-        title="Three hospitals fine-tune one adapter: the ICD-10 chapter of a coding term",
-        data="Public ICD-10-CM code descriptions (CDC), not patient notes; no 3-character category is in two parts.",
+) -> reports.Report:
+    plan = read_plan(folder / "plan.toml")
+    shown, attempts = finished.shown["plan"], finished.shown["attempts"]
+    accuracies = [score["accuracy"] for score in finished.scores]
+    return reports.Report(
+        kind="demonstration",
+        title=playing.title,
+        data=playing.data,
         model=plan.model.name,
         labels=len(plan.task.labels),
+        noun=playing.noun,
         rows_held_out=len(corpus.held_out),
-        hospitals=tuple(
-            reports.Hospital(name, len(rows[name]), alone[name], finished.ledgers[name]["spent"]) for name in HOSPITALS
-        ),
-        rounds=tuple(as_rounds(plan, finished, committed)),
-        accuracy_together=last["accuracy"],
-        examples=tuple(reports.Example(**example) for example in last["examples"]),
-        epsilon_budget=plan.privacy.epsilon or 0.0,
-        delta=plan.privacy.delta or 0.0,
+        commonest=figures.share_of_commonest([row.label for row in corpus.held_out]),
+        sites=tuple(as_site(plan.privacy.on, name, rows, finished, compared) for name in playing.sites),
+        rounds=figures.rounds(plan, shown["phases"], attempts, accuracies),
+        epsilon_budget=plan.privacy.epsilon,
+        delta=plan.privacy.delta,
         seconds_total=seconds,
-        seconds_by_stage=stages,
-        parameters=max(phase["parameters"] for phase in finished.shown["plan"]["phases"]),
+        seconds_by_stage=figures.stages(stages, attempts),
+        parameters=max(phase["parameters"] for phase in shown["phases"]),
         secure_aggregation=True,
+        accuracy_central=compared.central,
+        compared=compared.sentence,
+        examples=tuple(reports.Example(**example) for example in finished.scores[-1]["examples"]),
         adapter=folder / "adapter",
-        notes=NOTES,
+        notes=tuple(filter(None, notes(playing, figures.retries(plan, attempts)))),
     )
 
 
-NOTES = (
-    "Alone, a hospital spends the whole budget on the head, at the best of three learning rates chosen on validation "
-    "rows; the held-out rows were read once.",
-    "A hospital's ledger counts what was released; the plan also reserved two retries, which no round needed.",
-)
+def as_site(
+    private: bool, name: str, rows: Mapping[str, Sequence[Row]], finished: Finished, compared: Compared
+) -> reports.Site:
+    ledger = finished.ledgers[name]
+    return reports.Site(
+        name=name,
+        rows=len(rows[name]),
+        epsilon=ledger["spent"] if private else None,
+        releases_without_privacy=ledger["releases_without_privacy"],
+        accuracy_alone=compared.alone[name],
+    )
 
 
-def as_rounds(plan: RunPlan, finished: Finished, committed: Sequence[Mapping[str, Any]]) -> Iterator[reports.Round]:
-    """Each round with its accuracy, the epsilon spent up to it, and its traffic per site."""
-    phases = finished.shown["plan"]["phases"]
-    multipliers = [accounted_multiplier(each["noise_multiplier"], each["parameters"]) for each in phases]
-    released = [0] * len(phases)
-    for round_plan, attempt, score in zip(schedule(plan), committed, finished.scores, strict=True):
-        settings = round_plan.settings
-        released[round_plan.phase] += settings.steps or 0
-        spent = [
-            GaussianSteps(multiplier, phase.sampling_rate or 1.0, steps)
-            for multiplier, phase, steps in zip(multipliers, plan.phase, released, strict=True)
-            if steps
-        ]
-        yield reports.Round(
-            number=round_plan.index + 1,
-            phase=settings.train,
-            accuracy=score["accuracy"],
-            epsilon=epsilon(spent, plan.privacy.delta or 0.0),
-            bytes_up=attempt["bytes_up"] // len(attempt["cohort"]),
-            bytes_down=attempt["bytes_down"] // len(attempt["cohort"]),
+def notes(playing: Edition, retries: str) -> Iterator[str]:
+    yield retries
+    if not playing.private:
+        yield (
+            f"There is no differential privacy in this run: its plan says so, and each {playing.noun.one}'s policy was "
+            "set to allow_without_privacy = true for it."
         )
+    yield "The root key that signed the roster lay on the same machine: a demonstration only."
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Three hospitals and a coordinator on this machine, on real data.")
+    parser = argparse.ArgumentParser(description="Three sites and a coordinator on this machine, on real data.")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="emptied first (default: demo)")
     parser.add_argument("--small", action="store_true", help="the head phase on fewer rows: about two minutes")
+    parser.add_argument("--privacy", choices=("on", "off"), default="on", help="off: the same without DP")
+    parser.add_argument("--data", choices=("icd", "credit"), default="icd", help="hospitals, or bank branches")
     arguments = parser.parse_args()
+    os.environ.update(QUIET_THREADS)  # before torch is loaded, here and in the processes of all parties
     try:
-        report = demo(arguments.folder.absolute(), SMALL if arguments.small else FULL)
+        playing = edition(arguments.data, arguments.privacy == "on", arguments.small)
+        report = demo(arguments.folder.absolute(), playing)
     except FoedusError as error:
-        console.print(f"demo: {error}", style="red", markup=False)
-        return 1
+        console.print(f"demo: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
     reports.write_json(report, arguments.folder / "report.json")
     write_page(report, arguments.folder / "report.html")
-    reports.show(report, console)
+    show(report, console)
     return 0
 
 

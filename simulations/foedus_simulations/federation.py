@@ -7,13 +7,15 @@ replaced (`grids`), randomness is seeded, policy approves by itself, and all sit
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foedus_client.accounts import Account
 from foedus_client.app import client_app
 from foedus_client.data import survey
 from foedus_client.enrol import Membership, join
@@ -46,26 +48,34 @@ SIMULATED = SitePolicy(
 )
 """Simulated sites approve whatever a study asks for."""
 
+OnTraining = Callable[[str, int], None]
+"""Told the site and the round's index whenever a site begins to train."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated run left behind. adapters: the tensors after each round; epsilon: from each site's ledger."""
+    """What a simulated run left behind. adapters: the tensors after each round; accounts: of each site's ledger."""
 
     agreed: AgreedPlan
     spec: AdapterSpec
     adapters: tuple[Mapping[str, NDArray[np.float32]], ...]
     attempts: tuple[Attempt, ...]
-    epsilon: Mapping[str, float | None]
+    accounts: Mapping[str, Account]
 
 
 class InProcessTrainer:
     """A site's trainer in this process (`foedus_client.round.Trainer`)."""
 
-    def __init__(self, trainer: LocalTrainer, random: RandomBytes) -> None:
+    def __init__(self, trainer: LocalTrainer, random: RandomBytes, begins: Callable[[int], None]) -> None:
         self._trainer = trainer
         self._random = random
+        self._begins = begins
+
+    def open(self) -> None:
+        """The model is loaded already."""
 
     def train(self, adapter: Path, adapter_sha256: str, round_plan: RoundPlan) -> NDArray[np.float64]:
+        self._begins(round_plan.index)
         tensors = read_adapter(adapter, self._trainer.classifier.spec)
         return self._trainer.train(tensors, round_plan, self._random)
 
@@ -74,22 +84,28 @@ class InProcessTrainer:
 
 
 def simulate(
-    plan: Path, model: Path, rows: Mapping[str, Sequence[Row]], seed: int, classifier: TextClassifier
+    plan: Path,
+    model: Path,
+    rows: Mapping[str, Sequence[Row]],
+    seed: int,
+    classifier: TextClassifier,
+    on_training: OnTraining = lambda site, round_index: None,
 ) -> Outcome:
     """Runs a plan over sites that hold `rows`, through the round code of production; the same again for the same seed.
 
     Raises LocalError for a plan that cannot be, or a run that fails, with the operator's own sentence.
     """
     with tempfile.TemporaryDirectory(prefix="foedus-simulation-") as folder:
-        return _Federation(Path(folder), seed, sorted(rows)).run(plan, model, rows, classifier)
+        return _Federation(Path(folder), seed, sorted(rows), on_training).run(plan, model, rows, classifier)
 
 
 class _Federation:
     """The homes of a coordinator and its sites, made as the programs make them."""
 
-    def __init__(self, folder: Path, seed: int, names: Sequence[str]) -> None:
+    def __init__(self, folder: Path, seed: int, names: Sequence[str], on_training: OnTraining) -> None:
         self._folder = folder
         self._seed = seed
+        self._on_training = on_training
         self._clock = SystemClock()
         settings = config.Settings("Simulation")
         random = seeded(seed, "coordinator")
@@ -129,7 +145,7 @@ class _Federation:
             spec=spec,
             adapters=tuple(load_adapter(operator.objects.read(ref), spec) for ref in operator.adapters(run)),
             attempts=tuple(operator.store.runs.attempts(run.run_id)),
-            epsilon={name: _spent(site, agreed) for name, site in sites.items()},
+            accounts={name: site.ledger.account(agreed.plan.data.name) for name, site in sites.items()},
         )
 
     def _site(
@@ -158,7 +174,9 @@ class _Federation:
             ledger=ledger,
             objects=ObjectStore(home / "objects"),
             courier=grid.courier(name),
-            open_trainer=lambda agreed: InProcessTrainer(LocalTrainer(classifier, agreed, pairs), random),
+            open_trainer=lambda agreed: InProcessTrainer(
+                LocalTrainer(classifier, agreed, pairs), random, partial(self._on_training, name)
+            ),
             clock=self._clock,
             random=random,
         )
@@ -167,9 +185,3 @@ class _Federation:
         signed = self._registry.roster()
         assert signed is not None  # every site has joined
         return signed, signed.verify(public_bytes(self._root_key), now=self._clock.now(), highest_epoch=0)
-
-
-def _spent(site: Site, agreed: AgreedPlan) -> float | None:
-    """Epsilon at the plan's delta, from the site's own ledger; None without DP."""
-    delta = agreed.plan.privacy.delta
-    return None if delta is None else site.ledger.account(agreed.plan.data.name).epsilon(delta)

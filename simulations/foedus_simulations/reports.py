@@ -1,31 +1,40 @@
-"""What a demonstration found: one record of figures, shown on one screen and written as `report.json`.
+"""What a run reached, as one record of figures: a demonstration's or a simulation's. Written as `report.json`.
 
-Knows figures only. Where they came from (ledgers, stores, simulations) is the business of who fills the record; the
-page for a browser is made from the same record by `report_page`.
+Knows figures only. Where they came from (ledgers, stores, simulations) is the business of who fills the record;
+`report_screen` shows it on a terminal, `report_page` in a browser.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+FEW = 12
+"""Up to so many sites are shown one by one."""
 
 
 @dataclass(frozen=True)
-class Hospital:
-    """One site: what it holds, what it reached without the others, and what its own ledger says it spent."""
+class Noun:
+    """What the sites are called."""
+
+    one: str
+    many: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site: what it holds, what its own ledger says of the run, and what it reached without the others."""
 
     name: str
     rows: int  # for training
-    accuracy_alone: float  # same privacy, its own rows only; simulated, charged to nobody
-    epsilon: float  # epsilon_local spent over the run, read from its ledger
+    epsilon: float | None  # epsilon_local spent over the run; None without differential privacy
+    releases_without_privacy: int = 0
+    accuracy_alone: float | None = None  # its own rows only; simulated, charged to nobody; None if it was not asked for
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Round:
     number: int
     phase: str  # "head" or "adapter"
     accuracy: float  # of the adapter that the round made, on the held-out rows
-    epsilon: float  # epsilon_local of everything released up to and with this round, at any one hospital
+    epsilon: float | None  # epsilon_local of everything released up to and with this round, at any one site
     bytes_up: int  # per site
     bytes_down: int  # per site
 
@@ -51,30 +60,71 @@ class Example:
 
 
 @dataclass(frozen=True)
-class DemoReport:
+class Report:
     """Everything that is shown. Accuracies are shares of the held-out rows, all of the same rows."""
 
+    kind: str  # "demonstration" or "simulation"
     title: str
     data: str  # one sentence: what the rows are, and what they are not
     model: str
     labels: int
+    noun: Noun
     rows_held_out: int
-    hospitals: tuple[Hospital, ...]
+    commonest: float  # what always saying the held-out rows' commonest label would reach
+    sites: tuple[Site, ...]
     rounds: tuple[Round, ...]
-    accuracy_together: float  # of the adapter that the run ended with
-    examples: tuple[Example, ...]
-    epsilon_budget: float
-    delta: float
+    epsilon_budget: float | None  # None without differential privacy
+    delta: float | None
     seconds_total: float
     seconds_by_stage: Mapping[str, float]
     parameters: int  # numbers trained
     secure_aggregation: bool
-    adapter: Path
+    accuracy_central: float | None = None  # all rows in one place; None if it was not asked for
+    compared: str = ""  # how "alone" and "central" were trained, in sentences
+    examples: tuple[Example, ...] = ()
+    adapter: Path | None = None
     notes: tuple[str, ...] = ()  # sentences that a reader must know before believing the figures
 
     @property
-    def mean_alone(self) -> float:
-        return sum(hospital.accuracy_alone for hospital in self.hospitals) / len(self.hospitals)
+    def private(self) -> bool:
+        return self.epsilon_budget is not None
+
+    @property
+    def accuracy_together(self) -> float:
+        """Of the adapter that the run ended with."""
+        return self.rounds[-1].accuracy
+
+    @property
+    def alone(self) -> tuple[float, ...]:
+        """What each site reached alone, as far as it was asked for."""
+        return tuple(site.accuracy_alone for site in self.sites if site.accuracy_alone is not None)
+
+    @property
+    def mean_alone(self) -> float | None:
+        return sum(self.alone) / len(self.alone) if self.alone else None
+
+    @property
+    def shown_alone(self) -> tuple[tuple[str, str, float], ...]:
+        """(name, detail, accuracy) of the sites alone: each one, or of many the best, the mean and the worst."""
+        if len(self.alone) <= FEW:
+            with_alone = [(site, site.accuracy_alone) for site in self.sites if site.accuracy_alone is not None]
+            return tuple((f"{site.name} alone", f"{site.rows:,} rows", accuracy) for site, accuracy in with_alone)
+        mean = sum(self.alone) / len(self.alone)
+        of = f"of {len(self.alone)} {self.noun.many}"
+        return (("best alone", of, max(self.alone)), ("mean alone", of, mean), ("worst alone", of, min(self.alone)))
+
+    @property
+    def ledgers(self) -> str:
+        """Epsilon spent, by site; of many sites the least and the most."""
+        if len(self.sites) <= FEW:
+            return ", ".join(f"{site.name} {spent(site.epsilon)}" for site in self.sites)
+        epsilons = [site.epsilon or 0.0 for site in self.sites]
+        return f"{spent(min(epsilons))} to {spent(max(epsilons))} at {len(self.sites)} {self.noun.many}"
+
+    @property
+    def mean_bytes_up(self) -> float:
+        """Per site and round."""
+        return sum(played.bytes_up for played in self.rounds) / len(self.rounds)
 
     def standard_error(self, accuracy: float) -> float:
         """Of an accuracy measured on the held-out rows, were they independent (binomial)."""
@@ -92,26 +142,47 @@ class DemoReport:
         return tuple(found)
 
 
-def write_json(report: DemoReport, path: Path) -> None:
-    """`report.json`: the figures that other programs compare. Bytes up are the mean over the rounds."""
-    figures = {
+def figures(report: Report) -> dict[str, Any]:
+    """The figures that other programs compare. Without differential privacy every epsilon, and delta, is null."""
+    return {
         "accuracy_together": report.accuracy_together,
-        "accuracy_alone": [hospital.accuracy_alone for hospital in report.hospitals],
-        "epsilon_local": [hospital.epsilon for hospital in report.hospitals],
+        "accuracy_alone": list(report.alone),
+        "accuracy_central": report.accuracy_central,
+        "accuracy_of_commonest_label": report.commonest,
+        "accuracy_by_round": [played.accuracy for played in report.rounds],
+        "rows": {site.name: site.rows for site in report.sites},
+        "rows_held_out": report.rows_held_out,
+        "privacy": "record" if report.private else "none",
+        "epsilon_local": [site.epsilon for site in report.sites],
+        "epsilon_budget": report.epsilon_budget,
         "delta": report.delta,
+        "releases_without_privacy": [site.releases_without_privacy for site in report.sites],
         "rounds": len(report.rounds),
         "seconds_total": report.seconds_total,
         "seconds_by_stage": dict(report.seconds_by_stage),
-        "bytes_up_per_site_per_round": round(mean_bytes_up(report)),
+        "bytes_up_per_site_per_round": round(report.mean_bytes_up),
         "parameters": report.parameters,
         "secure_aggregation": report.secure_aggregation,
-        "adapter": str(report.adapter),
+        "adapter": None if report.adapter is None else str(report.adapter),
     }
-    path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def mean_bytes_up(report: DemoReport) -> float:
-    return sum(played.bytes_up for played in report.rounds) / len(report.rounds)
+def write_json(report: Report, path: Path) -> None:
+    """`report.json`."""
+    path.write_text(json.dumps(figures(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_rounds(report: Report, path: Path) -> None:
+    """`rounds.csv`: one line a round."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("round", "phase", "accuracy", "epsilon", "bytes_up", "bytes_down"))
+        for played in report.rounds:
+            epsilon = "" if played.epsilon is None else played.epsilon
+            writer.writerow((played.number, played.phase, played.accuracy, epsilon, played.bytes_up, played.bytes_down))
+
+
+# Figures as words
 
 
 def size(count: float) -> str:
@@ -139,115 +210,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def spent(epsilon: float | None) -> str:
+    """An epsilon to two digits; "none" without differential privacy."""
+    return "none" if epsilon is None else f"{epsilon:.2f}"
+
+
 def listed(names: Sequence[str]) -> str:
     """a, b and c."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-# The screen
-
-
-def show(report: DemoReport, console: Console) -> None:
-    """The final screen. Colour only repeats what the words say, so it reads the same where there is none."""
-    rule = console.is_terminal
-    console.print()
-    console.print(Text(report.title, style="bold"))
-    console.print(Text(report.data, style="dim"))
-    console.print()
-    _heading(console, f"Accuracy by round, on {report.rows_held_out:,} held-out rows", rule)
-    for line in plot(report):
-        console.print(line, no_wrap=True)
-    console.print()
-    _heading(console, "Together against alone, at the same privacy (± 1 standard error)", rule)
-    console.print(Padding(_comparison(report), _INDENT))
-    alone = "alone: its own rows only, same epsilon and delta, the best of three rates on validation rows; simulated"
-    console.print(Padding(Text(alone, style="dim"), _INDENT))
-    gain = 100 * (report.accuracy_together - report.mean_alone)
-    console.print(f"  Together is {abs(gain):.1f} points {'above' if gain >= 0 else 'BELOW'} the mean of alone.")
-    console.print()
-    _heading(console, "Privacy, traffic and time", rule)
-    console.print(Padding(_facts(report), _INDENT))
-    console.print()
-    _heading(console, f"{len(report.examples)} held-out rows and what the adapter says", rule)
-    console.print(Padding(_examples(report), _INDENT))
-    for note in report.notes:
-        console.print(Text(f"Note: {note}", style="dim"))
-
-
-def _heading(console: Console, words: str, colour: bool) -> None:
-    console.print(Text(words, style="bold cyan" if colour else ""))
-
-
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
-_COLOURS = {"head": "blue", "adapter": "green"}
-_INDENT = (0, 0, 0, 2)
-
-
-def bar(share: float, width: int) -> str:
-    """A horizontal bar of `share` (0 to 1) of `width` characters, to an eighth of a character."""
-    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
-    return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
-
-
-def plot(report: DemoReport) -> list[Text]:
-    """Accuracy by round as columns over an axis that begins at 0, ten points to a line, and the phases' names below."""
-    height = math.ceil(10 * max(played.accuracy for played in report.rounds))
-    width = max(1, 60 // len(report.rounds))
-    lines = []
-    for level in reversed(range(height)):
-        line = Text(f"  {10 * (level + 1):3} % ┤" if level % 2 else "        │")
-        for played in report.rounds:
-            eighths = round(8 * (10 * played.accuracy - level))
-            line.append(_EIGHTHS[min(max(eighths, 0), 8)] * width, style=_COLOURS.get(played.phase, ""))
-        lines.append(line)
-    lines.append(Text("    0 % └" + "─" * (width * len(report.rounds))))
-    names = Text(" " * 9)
-    for phase, first, last in report.phases:
-        words, room = f"{phase} {first}-{last}", width * (last - first + 1)
-        names.append(words[:room].ljust(room), style=_COLOURS.get(phase, ""))
-    return [*lines, names]
-
-
-def _comparison(report: DemoReport) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    rows = [("together", f"{len(report.hospitals)} hospitals", report.accuracy_together, "green")]
-    rows += [(f"{h.name} alone", f"{h.rows:,} rows", h.accuracy_alone, "") for h in report.hospitals]
-    for name, held, accuracy, style in rows:
-        error = 100 * report.standard_error(accuracy)
-        table.add_row(
-            Text(f"{name}", style="bold" if style else ""),
-            Text(held, style="dim"),
-            Text(f"{percent(accuracy)} ± {error:.1f}"),
-            Text(bar(accuracy, 30), style=style),
-        )
-    return table
-
-
-def _facts(report: DemoReport) -> Table:
-    ledgers = ", ".join(f"{hospital.name} {hospital.epsilon:.2f}" for hospital in report.hospitals)
-    up, down = sum(played.bytes_up for played in report.rounds), sum(played.bytes_down for played in report.rounds)
-    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.seconds_by_stage.items())
-    secure = "on" if report.secure_aggregation else "OFF"
-    facts = {
-        "epsilon spent": f"{ledgers}  (each hospital's own ledger; budget {report.epsilon_budget:g})",
-        "delta": f"{tiny(report.delta)}  (per record; holds even if everybody else colludes)",
-        "secure sums": f"{secure}; {report.parameters:,} trained numbers, {len(report.rounds)} rounds",
-        "bytes per site": f"{size(up)} up, {size(down)} down  ({size(mean_bytes_up(report))} up per round)",
-        "seconds": f"{duration(report.seconds_total)} in all: {stages}",
-        "adapter": str(report.adapter),
-    }
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    for name, words in facts.items():
-        table.add_row(Text(f"{name}", style="dim"), Text(words))
-    return table
-
-
-def _examples(report: DemoReport) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("row", "is", "said"):
-        table.add_column(heading, overflow="fold")
-    for example in report.examples:
-        right = example.predicted == example.label
-        said = f"{example.predicted} ({example.probability:.0%}) {'✓' if right else '✗'}"
-        table.add_row(Text(f"{example.text}"), Text(example.label), Text(said, style="green" if right else "red"))
-    return table
