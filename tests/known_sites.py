@@ -84,14 +84,17 @@ class KnownTrainer:
     """`foedus_client.round.Trainer` with random updates, each a whole number of steps, kept in the site's home."""
 
     def __init__(self, home: Path, agreed: AgreedPlan, random: RandomBytes) -> None:
-        self._home = home
+        self.home = home
         self._agreed = agreed
         self._random = random
+
+    def open(self) -> None:
+        """There is no model."""
 
     def train(self, adapter: Path, adapter_sha256: str, round_plan: RoundPlan) -> NDArray[np.float64]:
         size = self._agreed.size(round_plan.phase)
         steps = np.frombuffer(self._random(2 * size), np.int16).astype(np.int64) // 32
-        np.save(_known(self._home, self._agreed.run_id, round_plan.index), steps)
+        np.save(_known(self.home, self._agreed.run_id, round_plan.index), steps)
         return steps * step_sizes(self._agreed, round_plan)
 
     def stop(self) -> None:

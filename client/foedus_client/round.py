@@ -50,8 +50,9 @@ SUMMING = (Advertised, Shared, Masked, Agreed)
 
 
 class Trainer(Protocol):
-    """Trains one run's rounds; the data is opened at the first call and not before."""
+    """Trains one run's rounds. `open` has the model ready; the data is opened at the first `train` and not before."""
 
+    def open(self) -> None: ...
     def train(self, adapter: Path, adapter_sha256: str, round_plan: RoundPlan) -> NDArray[np.float64]: ...
     def stop(self) -> None: ...
 
@@ -179,8 +180,9 @@ class SiteRounds:
         waiting = site.store.outbox(header.run_id, header.round)
         if waiting and waiting.masked_in is None and waiting.terms == terms:
             return  # made before and never masked: the stored vector serves
-        trainer = self._trainer(agreed)
         path = site.courier.fetch(header.run_id, adapter)
+        trainer = self._trainer(agreed)
+        trainer.open()  # a missing device or too little memory for the model costs no charge
 
         charge = site.ledger.reserve_round(header.run_id, header.round)  # on disk before the data is opened
         update = trainer.train(path, adapter.sha256, round_plan)

@@ -13,6 +13,8 @@ import queue
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +27,7 @@ from foedus_common.errors import LocalError
 from foedus_common.model_folder import verify
 from foedus_common.plan import AgreedPlan, parse_agreed_plan, schedule
 from foedus_common.randomness import system_random
-from foedus_common.tasks.local_trainer import LocalTrainer
+from foedus_common.tasks.local_trainer import LocalTrainer, check_spec
 from foedus_common.tasks.text_classification import TextClassifier
 
 PROGRESS_EVERY = 0.02
@@ -49,6 +51,9 @@ class Answers:
             self._reported = (what, share)
             write_message(self._pipe, {"say": "progress", "what": what, "done": done, "total": total})
 
+    def open(self) -> None:
+        write_message(self._pipe, {"say": "open"})
+
     def update(self, body: bytes) -> None:
         write_message(self._pipe, {"say": "update"}, body)
 
@@ -57,32 +62,33 @@ class Answers:
 
 
 class Trainer:
-    """One run's trainer: opened lazily, so that nothing is read before the first request to train."""
+    """One run's trainer. The model is loaded at once, the dataset is opened at the first request to train."""
 
     def __init__(self, settings: TrainerSettings, agreed: AgreedPlan, answers: Answers) -> None:
+        """Raises LocalError when the model or the device is not what plan and settings ask for."""
         self._settings = settings
         self._agreed = agreed
         self._answers = answers
         self._local: LocalTrainer | None = None
+        model = Path(settings.model_folder)
+        verify(model, agreed.plan.model.sha256)
+        self._classifier = TextClassifier.load(model, agreed.plan, settings.device, settings.dtype)  # type: ignore[arg-type]
+        check_spec(self._classifier, agreed)
 
     def train(self, adapter: Path, sha256: str, index: int) -> bytes:
         """The update of the round, as little-endian float64."""
         if self._local is None:
-            self._local = self._open()
-        spec = self._local.classifier.spec
+            self._local = self._with_data()
+        spec = self._classifier.spec
         data = read_file(adapter, sha256, adapter_bytes(spec))
         round_plan = schedule(self._agreed.plan)[index]
         return self._local.train(load_adapter(data, spec), round_plan, system_random).astype("<f8").tobytes()
 
-    def _open(self) -> LocalTrainer:
-        settings, plan = self._settings, self._agreed.plan
-        model = Path(settings.model_folder)
-        verify(model, plan.model.sha256)
-        classifier = TextClassifier.load(model, plan, settings.device, settings.dtype)  # type: ignore[arg-type]
-        dataset = Path(settings.dataset)
+    def _with_data(self) -> LocalTrainer:
+        settings, dataset = self._settings, Path(self._settings.dataset)
         check_dataset(dataset, settings.dataset_sha256)
         rows = read_rows(dataset, settings.text, settings.label)
-        return LocalTrainer(classifier, self._agreed, rows, self._answers.progress)
+        return LocalTrainer(self._classifier, self._agreed, rows, self._answers.progress)
 
 
 def read_file(path: Path, sha256: str, limit: int) -> bytes:
@@ -134,18 +140,27 @@ def main() -> None:
     os.nice(settings.niceness)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    trainer = Trainer(settings, parse_agreed_plan(plan), answers)
-    while True:
-        header, _ = requests.get()
-        try:
-            answers.update(trainer.train(Path(header["adapter"]), header["sha256"], header["round"]))
-        except LocalError as error:
-            answers.error(str(error))
-        except (MemoryError, torch.OutOfMemoryError):
-            answers.error("Training ran out of memory; free memory, or choose another device in the site's config.")
-        except Exception as error:  # whatever it is, the parent must hear of it
-            log_without_values(error)
-            answers.error("Training failed; the trainer's log says where.")
+    with answering_errors(answers):
+        trainer = Trainer(settings, parse_agreed_plan(plan), answers)
+        answers.open()
+        while True:
+            header, _ = requests.get()
+            with answering_errors(answers):
+                answers.update(trainer.train(Path(header["adapter"]), header["sha256"], header["round"]))
+
+
+@contextmanager
+def answering_errors(answers: Answers) -> Iterator[None]:
+    """Whatever goes wrong, the parent hears of it in one sentence."""
+    try:
+        yield
+    except LocalError as error:
+        answers.error(str(error))
+    except (MemoryError, torch.OutOfMemoryError):
+        answers.error("Training ran out of memory; free memory, or choose another device in the site's config.")
+    except Exception as error:
+        log_without_values(error)
+        answers.error("Training failed; the trainer's log says where.")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -65,6 +66,12 @@ class TrainerProcess:
         self._training = threading.Lock()
         self._stopped = False
 
+    def open(self) -> None:
+        """Have a child ready with the model on its device, so that what can go wrong there goes wrong before anything
+        is charged; the dataset stays closed. Raises LocalError as `train` does."""
+        with self._training:
+            self._ready_child()
+
     def train(
         self, adapter: Path, adapter_sha256: str, round_plan: RoundPlan, progress: Progress = lambda *_: None
     ) -> NDArray[np.float64]:
@@ -76,15 +83,10 @@ class TrainerProcess:
         size = self._agreed.size(round_plan.phase)
         request = {"do": "train", "adapter": str(adapter), "sha256": adapter_sha256, "round": round_plan.index}
         with self._training:
-            child = self._running_child()
-            try:
+            child = self._ready_child()
+            with self._ended_when_broken(child):
                 write_message(_pipe(child.stdin), request)
                 return _await_update(_pipe(child.stdout), size, progress)
-            except (BrokenPipeError, EOFError):
-                raise self._death(child) from None
-            except ValueError:
-                self._end(child)
-                raise LocalError("The trainer answered with something else than an update; see its log.") from None
 
     def stop(self) -> None:
         """End the child, whatever it is doing; afterwards `train` refuses."""
@@ -93,20 +95,40 @@ class TrainerProcess:
         if child is not None:
             self._end(child)
 
-    def _running_child(self) -> subprocess.Popen[bytes]:
+    def _ready_child(self) -> subprocess.Popen[bytes]:
         if self._stopped:
             raise LocalError("The trainer of this run was stopped.")
         if self._child is None or self._child.poll() is not None:
             self._child = _start(self._settings.threads, self._log)
-            try:
+            with self._ended_when_broken(self._child):
                 write_message(
                     _pipe(self._child.stdin), {"do": "open", **asdict(self._settings)}, self._agreed.canonical()
                 )
-            except BrokenPipeError:
-                raise self._death(self._child) from None
-            if self._stopped:  # `stop` came while the child was being started
-                self._end(self._child)
+                if self._stopped:  # `stop` came while the child was being started
+                    self._end(self._child)
+                self._await_open(self._child)
         return self._child
+
+    def _await_open(self, child: subprocess.Popen[bytes]) -> None:
+        match read_message(_pipe(child.stdout), limit=0)[0]:
+            case {"say": "open"}:
+                return
+            case {"say": "error", "sentence": str(sentence)}:
+                self._end(child)
+                raise LocalError(sentence)
+            case _:
+                raise ValueError("unexpected message")
+
+    @contextmanager
+    def _ended_when_broken(self, child: subprocess.Popen[bytes]) -> Iterator[None]:
+        """A pipe that broke, or an answer that is none, ends the child with one sentence."""
+        try:
+            yield
+        except (BrokenPipeError, EOFError):
+            raise self._death(child) from None
+        except ValueError:
+            self._end(child)
+            raise LocalError("The trainer answered with something else than an update; see its log.") from None
 
     def _death(self, child: subprocess.Popen[bytes]) -> LocalError:
         self._end(child)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import subprocess
@@ -107,17 +108,26 @@ def test_what_changed_since_it_was_agreed_is_refused(site: Site, tmp_path: Path)
     settings, plan = other.settings(), schedule(other.agreed.plan)[0]
     other.dataset.write_text("note,chapter\neye,Eye\n")
     trainer = TrainerProcess(settings, other.agreed)
-    try:
-        with pytest.raises(LocalError, match=r"rows\.csv has changed since it was added"):
-            trainer.train(other.adapter, other.sha256, plan)
-        (other.model / "vocab.txt").write_text("other\n")
-        with pytest.raises(LocalError, match="but the plan asks for"):
-            trainer.train(other.adapter, other.sha256, plan)
-    finally:
-        trainer.stop()
+    with pytest.raises(LocalError, match=r"rows\.csv has changed since it was added"):
+        trainer.train(other.adapter, other.sha256, plan)
+    trainer.stop()
+    (other.model / "vocab.txt").write_text("other\n")
+    with pytest.raises(LocalError, match="but the plan asks for"):
+        TrainerProcess(settings, other.agreed).open()
+
+
+def test_a_device_that_is_not_there_is_found_before_the_data_is_opened(site: Site) -> None:
+    settings = dataclasses.replace(site.settings(), device="cuda:7", dataset="/nowhere/rows.csv")
+    trainer = TrainerProcess(settings, site.agreed)
+    for _ in range(2):  # a new child each time, which says the same
+        with pytest.raises(LocalError, match="cuda:7"):
+            trainer.open()
 
 
 # False children
+
+
+OPEN = r"""out.write(b'{"say": "open", "bytes": 0}\n'); out.flush(); """
 
 
 def false_child(monkeypatch: pytest.MonkeyPatch, script: str) -> list[subprocess.Popen[bytes]]:
@@ -136,6 +146,7 @@ def false_child(monkeypatch: pytest.MonkeyPatch, script: str) -> list[subprocess
     return started
 
 
+@pytest.mark.parametrize("before", ["", OPEN])
 @pytest.mark.parametrize(
     "answer",
     [
@@ -150,8 +161,10 @@ def false_child(monkeypatch: pytest.MonkeyPatch, script: str) -> list[subprocess
         b"x" * 70_000,
     ],
 )
-def test_an_answer_of_another_form_ends_the_child(site: Site, monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
-    started = false_child(monkeypatch, f"out.write({answer!r}); out.flush(); inp.read()")
+def test_an_answer_of_another_form_ends_the_child(
+    site: Site, monkeypatch: pytest.MonkeyPatch, answer: bytes, before: str
+) -> None:
+    started = false_child(monkeypatch, f"{before}out.write({answer!r}); out.flush(); inp.read()")
     monkeypatch.setattr(trainer_process, "ENDS_WITHIN", 0.0)
     trainer = TrainerProcess(site.settings(), site.agreed)
     with pytest.raises(LocalError, match="something else than an update"):
@@ -159,7 +172,7 @@ def test_an_answer_of_another_form_ends_the_child(site: Site, monkeypatch: pytes
     assert started[0].poll() is not None
 
 
-@pytest.mark.parametrize("script", ["sys.exit(3)", "inp.readline(); sys.exit(3)"])
+@pytest.mark.parametrize("script", ["sys.exit(3)", "inp.readline(); sys.exit(3)", f"{OPEN}sys.exit(3)"])
 def test_a_child_that_ends_is_named_by_its_status(site: Site, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     false_child(monkeypatch, script)
     with pytest.raises(LocalError, match=r"ended early \(exit status 3\)"):
@@ -168,7 +181,7 @@ def test_a_child_that_ends_is_named_by_its_status(site: Site, monkeypatch: pytes
 
 def test_stop_ends_a_training_under_way(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     progress = b'{"say": "progress", "what": "steps", "done": 1, "total": 9, "bytes": 0}\n'
-    started = false_child(monkeypatch, f"out.write({progress!r}); out.flush(); inp.read()")
+    started = false_child(monkeypatch, f"{OPEN}out.write({progress!r}); out.flush(); inp.read()")
     trainer, under_way = TrainerProcess(site.settings(), site.agreed), threading.Event()
     stopper = threading.Thread(target=lambda: (under_way.wait(), trainer.stop()))
     stopper.start()

@@ -308,6 +308,23 @@ def test_a_site_that_comes_back_takes_part_again(consortium: Make) -> None:
     four.assert_sums_are_exact()
 
 
+def test_a_site_that_cannot_load_the_model_misses_the_round_and_is_charged_nothing(
+    consortium: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four = consortium()
+    without_gpu = four.homes["west"]
+
+    def open_trainer(self: KnownTrainer) -> None:
+        if self.home == without_gpu and four.run.rounds_done == 0:
+            raise LocalError("There is no device cuda:7.")
+
+    monkeypatch.setattr(KnownTrainer, "open", open_trainer)
+    four.submit(plan_of(rounds=2))
+    assert four.conduct() == "finished"
+    assert four.survivors == [tuple(sorted(NAMES[:3])), tuple(sorted(NAMES))]
+    assert four.charges("west") == [(1, "committed")]
+
+
 def test_a_site_whose_policy_refuses_the_plan_is_left_out(consortium: Make) -> None:
     four = consortium()
     four.sites["west"]["policy"] = SitePolicy(require_approval=False, max_epsilon_per_run=0.5)
