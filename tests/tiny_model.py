@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.plan import AgreedPlan, RunPlan
 from plans import run_plan
@@ -47,6 +50,14 @@ def write_tiny_model(folder: Path) -> Path:
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.5)
         model.save_pretrained(folder)
+    return folder
+
+
+def model_folder(folder: Path) -> Path:
+    """What counts as a model folder, for tests that hash it and load nothing: no torch."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file({"weight": np.zeros(3, np.float32)}, folder / "model.safetensors")
     return folder
 
 

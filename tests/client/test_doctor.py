@@ -22,7 +22,7 @@ from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
 from known_sites import join_site
 from operators import Operator
-from tiny_model import rows, write_tiny_model
+from tiny_model import model_folder, rows
 
 
 class Site:
@@ -40,7 +40,7 @@ class Site:
         self.admission: Callable[[], float] = self.clock.now
         with closing(self.store()) as store:
             store._db.execute("DELETE FROM models")
-            model = write_tiny_model(folder / "tiny")
+            model = model_folder(folder / "tiny")
             store.add_model("tiny", doctor.manifest_sha256(model), model)
 
     def store(self) -> SiteStore:
@@ -214,7 +214,7 @@ def test_a_ledger_that_was_altered_or_is_an_older_copy(site: Site) -> None:
 
 def test_data_and_models_that_changed_or_are_gone(site: Site) -> None:
     (site.home / "rows.csv").write_text("text,label\nother,Eye\n")
-    (site.home.parent / "tiny" / "vocab.txt").write_text("other")
+    (site.home.parent / "tiny" / "config.json").write_text('{"other": 1}')
     amiss = site.amiss()
     assert "is not what was added" in amiss["data coding-terms"]
     assert "is not what was added" in amiss["model tiny"]

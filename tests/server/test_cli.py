@@ -21,7 +21,7 @@ from foedus_simulations.parties import OPERATOR, Party, free_ports
 from known_sites import plan_of, submit
 from operators import Applicant, Operator
 from programs import Program, assert_teaches, commands, takes_json
-from tiny_model import write_tiny_model
+from tiny_model import model_folder
 
 COMMANDS = dict(commands(cli.app))
 
@@ -111,7 +111,7 @@ def test_a_site_from_its_token_to_its_end(foedus: Foedus) -> None:
 
 
 def test_models_and_plans(foedus: Foedus, tmp_path: Path) -> None:
-    added = foedus("model", "add", str(write_tiny_model(tmp_path / "tiny")), "--json").json
+    added = foedus("model", "add", str(model_folder(tmp_path / "tiny")), "--json").json
     assert foedus("model", "list", "--json").json == [added]
     assert foedus("model", "add", str(tmp_path)).code == 2
     written = foedus("plan", "new", str(tmp_path / "plan.toml"), "--json").json["file"]
