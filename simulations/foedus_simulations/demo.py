@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,16 +113,13 @@ def federate(folder: Path, playing: Edition, model: Path, corpus: Corpus, watch:
             console.print("Demonstration only: the root key that signed the roster lies on this machine.")
             if not playing.private:
                 console.print(f"Without privacy: each {playing.noun.one}'s policy gets allow_without_privacy = true.")
-            for name, site in sites.items():
-                site.finish("join")
-                open_for_work(site, playing, model, folder / data_file(name))
+            at_once(sites, lambda name, site: open_for_work(site, playing, model, folder / data_file(name)))
         with watch.stage(
             "set-up", f"The operator submits the plan; each {playing.noun.one}'s administrator approves it"
         ):
             fill_in_plan(operator, playing.plan, model, corpus, folder / "plan.toml")
             run = operator.ask("run", "submit", str(folder / "plan.toml"))["run"]
-            for site in sites.values():
-                approve(site, run)
+            at_once(sites, lambda name, site: approve(site, run))
         noised = "noised updates" if playing.private else "updates, without noise"
         with watch.stage("run", f"The run: every round a secure sum of {noised}"):
             if operator.show("run", "watch", run) != 0:
@@ -153,8 +151,16 @@ def join(operator: Party, site: Party, name: str, org: str) -> None:
     operator.ask("site", "approve", name, "--fingerprint", read_aloud)
 
 
+def at_once(sites: Mapping[str, Party], act: Callable[[str, Party], None]) -> None:
+    """What every site's administrator does by himself, all of them at the same time."""
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(act, name, site) for name, site in sites.items()]:
+            done.result()
+
+
 def open_for_work(site: Party, playing: Edition, model: Path, data: Path) -> None:
-    """The administrator's settings, model and data; then the daemon runs."""
+    """The administrator's settings, model and data, once the site is let in; then the daemon runs."""
+    site.finish("join")
     settings = SiteHome.open(site.home).settings
     policy = dataclasses.replace(settings.policy, allow_without_privacy=not playing.private)
     changed = dataclasses.replace(settings, threads=1, policy=policy)  # one thread: three sites share these cores

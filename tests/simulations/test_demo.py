@@ -140,6 +140,9 @@ def test_a_site_is_let_into_runs_without_privacy_by_its_own_settings_only_then(t
     class Site:
         home = tmp_path / "home"
 
+        def finish(self, name: str) -> None:
+            pass
+
         def ask(self, *arguments: str) -> None:
             pass
 
