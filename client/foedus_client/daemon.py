@@ -78,6 +78,7 @@ class Daemon:
 
         A round that the coordinator leaves lying is not waited for longer than a stage may take.
         """
+        logger.info("%s pauses when no round is under way here any more", self.name)
         self._site.pausing.set()
         left = SUM_SECONDS
         while self._rounds.training or (self._rounds.summing and left > 0):
