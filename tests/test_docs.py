@@ -114,6 +114,7 @@ def commands(path: Path) -> list[str]:
     """Every call of our two programs that the document shows: lines of console blocks, and code within sentences."""
     lines = [line for info, body in fences(path) if info == "console" for line in body.splitlines()]
     shown = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    shown += [line for info, body in fences(path) if info == "sh" for line in body.splitlines()]  # to be pasted
     shown += re.findall(r"`(foedus(?:-site)? [^`\n]+)`", prose(path))
     return [re.split(r"\s+#|\s*[|>&]", call)[0].strip() for call in shown if re.match(r"foedus(-site)? ", call)]
 

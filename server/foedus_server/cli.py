@@ -32,7 +32,7 @@ from foedus_common.identity import (
     read_public_key,
 )
 from foedus_common.randomness import system_random
-from foedus_common.terminal import Json, console, print_facts, print_json, print_table
+from foedus_common.terminal import Json, console, errors, print_facts, print_json, print_table
 from foedus_server import config
 from foedus_server.cli_runs import model_app, operator, plan_app, run_app
 from foedus_server.doctor import findings
@@ -214,9 +214,9 @@ def site_rotate(context: typer.Context, name: SiteName, as_json: Json = False) -
 def _show_token(token: str, name: str, as_json: bool) -> None:
     if as_json:
         return print_json({"site": name, "token": token})
-    console.print(f"Give this token to {name}; it is used once, within 24 hours:\n")
-    print(token)
-    console.print(f"\nThere: foedus-site join TOKEN.  Then here: foedus site approve {name}")
+    errors.print(f"Give this token to {name}; it is used once, within 24 hours:\n")
+    print(token, flush=True)  # alone on standard output, so that it can go into a file
+    errors.print(f"\nThere: foedus-site join TOKEN.  Then here: foedus site approve {name}")
 
 
 @site_app.command("list")
