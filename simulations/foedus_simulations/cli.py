@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from foedus_simulations.corpora import Row
 from foedus_simulations.partition import partition
 from foedus_simulations.report_page import write_page
 from foedus_simulations.report_screen import show
+from foedus_simulations.stopwatch import Stopwatch
 
 COMPARISONS = ("alone", "central")
 SITES = 3
@@ -169,19 +169,18 @@ def played(study: Study, plan_file: Path, model: Path) -> reports.Report:
     from foedus_simulations.alone import Comparison, Judges, compare, pairs
     from foedus_simulations.federation import simulate as run
 
-    started, plan = time.monotonic(), study.plan
-    seconds: dict[str, float] = {}
-    with timed(seconds, "set-up"):
+    watch, plan = Stopwatch(), study.plan
+    with watch.stage("set-up"):
         classifier = TextClassifier.load(model, plan)
-    with timed(seconds, "run"), progress(plan.rounds, len(study.shares)) as advance:
+    with watch.stage("run"), progress(plan.rounds, len(study.shares)) as advance:
         outcome = run(plan_file, model, study.shares, study.seed, classifier, advance)
-    with timed(seconds, "evaluation"):
+    with watch.stage("evaluation"):
         test = classifier.encode(pairs(study.test))
         accuracies = [classifier.accuracy(adapter, test) for adapter in outcome.adapters]
     compared = Comparison({}, None)
     if study.wanted:
         judges = Judges(classifier.encode(pairs(study.validation)), test)
-        with timed(seconds, "alone and central"):
+        with watch.stage("alone and central"):
             compared = compare(
                 classifier, outcome.agreed, study.shares, judges, seed=study.seed, wanted=study.wanted, say=tell
             )
@@ -210,8 +209,8 @@ def played(study: Study, plan_file: Path, model: Path) -> reports.Report:
         rounds=figures.rounds(plan, phases, attempts, accuracies),
         epsilon_budget=plan.privacy.epsilon,
         delta=plan.privacy.delta,
-        seconds_total=time.monotonic() - started,
-        seconds_by_stage=figures.stages(seconds, attempts),
+        seconds_total=watch.total,
+        seconds_by_stage=figures.stages(watch.seconds, attempts),
         parameters=max(phase["parameters"] for phase in phases),
         secure_aggregation=True,
         accuracy_central=compared.central,
@@ -224,13 +223,6 @@ COMPARED = (
     "Alone and central: the same plan on one site's rows, or on all rows in one place, with the best of three learning "
     "rates on validation rows, which are not among those that count."
 )
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    seconds[stage] = time.monotonic() - began
 
 
 @contextmanager

@@ -13,11 +13,10 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +31,13 @@ from foedus_simulations.parties import OPERATOR, SITE, Party, free_ports, until
 from foedus_simulations.partition import partition
 from foedus_simulations.report_page import write_page
 from foedus_simulations.report_screen import show
+from foedus_simulations.stopwatch import Stopwatch
 
 HELD_OUT = Path("data") / "held-out.csv"
 
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait for one another sleep. Spinning, they take the cores from the other parties on this machine: nine
 times the wall time for features, measured on two busy cores."""
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by stage, in order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, sentence: str) -> Iterator[None]:
-        console.print(f"[bold]{sentence}[/bold]")
-        started = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
 @dataclass(frozen=True)
@@ -65,9 +51,10 @@ class Finished:
 
 def demo(folder: Path, playing: Edition) -> reports.Report:
     """Plays an edition in `folder`, which is emptied first, and returns what came out."""
-    watch, started = Stopwatch(), time.monotonic()
+    watch = Stopwatch()
     clear(folder)
-    with watch.stage("set-up", "Fetching the model and the data"):
+    announce("Fetching the model and the data")
+    with watch.stage("set-up"):
         model = corpora.minilm(corpora.default_cache())
         corpus = playing.corpus(corpora.default_cache())
         rows = share_out(playing, corpus)
@@ -75,9 +62,14 @@ def demo(folder: Path, playing: Edition) -> reports.Report:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             corpora.write_csv(folder / file, part, *playing.columns)
     finished = federate(folder, playing, model, corpus, watch)
-    with watch.stage("alone and central", "Training alone, and on all rows in one place: simulated, charged to nobody"):
+    announce("Training alone, and on all rows in one place: simulated, charged to nobody")
+    with watch.stage("alone and central"):
         compared = train_without_federation(folder / "plan.toml", model, rows, corpus)
-    return as_report(folder, playing, corpus, rows, finished, compared, watch.seconds, time.monotonic() - started)
+    return as_report(folder, playing, corpus, rows, finished, compared, watch)
+
+
+def announce(sentence: str) -> None:
+    console.print(f"[bold]{sentence}[/bold]")
 
 
 def clear(folder: Path) -> None:
@@ -105,7 +97,8 @@ def federate(folder: Path, playing: Edition, model: Path, corpus: Corpus, watch:
     with ExitStack() as stack:
         operator = stack.enter_context(Party(OPERATOR, folder / "coordinator"))
         sites = {name: stack.enter_context(Party(SITE, folder / name)) for name in playing.sites}
-        with watch.stage("set-up", f"A coordinator starts; {reports.listed(playing.sites)} join"):
+        announce(f"A coordinator starts; {reports.listed(playing.sites)} join")
+        with watch.stage("set-up"):
             start_coordinator(operator, playing.federation)
             for name, site in sites.items():
                 join(operator, site, name, f"{name} {playing.noun.one}")
@@ -114,17 +107,19 @@ def federate(folder: Path, playing: Edition, model: Path, corpus: Corpus, watch:
             if not playing.private:
                 console.print(f"Without privacy: each {playing.noun.one}'s policy gets allow_without_privacy = true.")
             at_once(sites, lambda name, site: open_for_work(site, playing, model, folder / data_file(name)))
-        with watch.stage(
-            "set-up", f"The operator submits the plan; each {playing.noun.one}'s administrator approves it"
-        ):
+        announce(f"The operator submits the plan; each {playing.noun.one} approves it")
+        with watch.stage("set-up"):
             fill_in_plan(operator, playing.plan, model, corpus, folder / "plan.toml")
             run = operator.ask("run", "submit", str(folder / "plan.toml"))["run"]
             at_once(sites, lambda name, site: approve(site, run))
-        noised = "noised updates" if playing.private else "updates, without noise"
-        with watch.stage("run", f"The run: every round a secure sum of {noised}"):
+        announce(
+            f"The run: every round a secure sum of {'noised updates' if playing.private else 'updates, without noise'}"
+        )
+        with watch.stage("run"):
             if operator.show("run", "watch", run) != 0:
                 raise LocalError(f"The run did not finish; see {operator.home / 'coordinator.log'}.")
-        with watch.stage("evaluation", "Measuring every round's adapter on held-out rows that the consortium owns"):
+        announce("Measuring every round's adapter on held-out rows that the consortium owns")
+        with watch.stage("evaluation"):
             text, label = playing.columns
             held_out = ("--data", str(folder / HELD_OUT), "--text", text, "--label", label)
             scores = operator.ask("run", "evaluate", run, *held_out, "--every-round")
@@ -228,8 +223,7 @@ def as_report(
     rows: Mapping[str, Sequence[Row]],
     finished: Finished,
     compared: Compared,
-    stages: Mapping[str, float],
-    seconds: float,
+    watch: Stopwatch,
 ) -> reports.Report:
     plan = read_plan(folder / "plan.toml")
     shown, attempts = finished.shown["plan"], finished.shown["attempts"]
@@ -247,8 +241,8 @@ def as_report(
         rounds=figures.rounds(plan, shown["phases"], attempts, accuracies),
         epsilon_budget=plan.privacy.epsilon,
         delta=plan.privacy.delta,
-        seconds_total=seconds,
-        seconds_by_stage=figures.stages(stages, attempts),
+        seconds_total=watch.total,
+        seconds_by_stage=figures.stages(watch.seconds, attempts),
         parameters=max(phase["parameters"] for phase in shown["phases"]),
         secure_aggregation=True,
         accuracy_central=compared.central,
@@ -296,6 +290,8 @@ def main() -> int:
     except FoedusError as error:
         console.print(f"demo: {error}", style="red", markup=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        return 130
     reports.write_json(report, arguments.folder / "report.json")
     write_page(report, arguments.folder / "report.html")
     show(report, console)

@@ -9,6 +9,7 @@ import pytest
 from foedus_common.plan import schedule
 from foedus_common.privacy.accounting import epsilon, event_of_round, events_of
 from foedus_simulations import figures
+from foedus_simulations.stopwatch import Stopwatch
 from plans import agreed_plan
 
 AGREED = agreed_plan(phase__0__rounds=2, phase__1__rounds=2, secure_aggregation__retries=0)
@@ -76,3 +77,17 @@ def test_retries_are_spoken_of_as_they_were() -> None:
 
 def test_the_commonest_label() -> None:
     assert figures.share_of_commonest(["good", "bad", "good", "good"]) == 0.75
+
+
+def test_a_stage_that_is_entered_again_or_fails_adds_up_where_it_stood() -> None:
+    watch = Stopwatch()
+    with watch.stage("set-up"):
+        pass
+    first = watch.seconds["set-up"]
+    with pytest.raises(KeyError), watch.stage("run"):
+        raise KeyError
+    with watch.stage("set-up"):
+        pass
+    assert list(watch.seconds) == ["set-up", "run"]
+    assert watch.seconds["set-up"] > first > 0
+    assert sum(watch.seconds.values()) <= watch.total
