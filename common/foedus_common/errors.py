@@ -71,5 +71,5 @@ class PolicyRefusal(FoedusError):
     """The site's own policy or ledger refuses a plan; one sentence per reason."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
-        super().__init__("; ".join(reasons))
+        super().__init__(" ".join(reasons))
         self.reasons = tuple(reasons)

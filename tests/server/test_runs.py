@@ -343,6 +343,26 @@ def test_a_run_that_too_few_accept_fails_with_a_sentence(consortium: Make) -> No
     assert not three.sites["north"]["ledger"].run(7).open  # what was set aside is returned
 
 
+def test_a_site_whose_disk_is_full_when_its_vector_is_stored_misses_the_round(
+    consortium: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was charged before it opened its data; nothing was released, and the next round is not its retry."""
+    four = consortium()
+    put_vector, failures = SiteStore.put_vector, []
+
+    def full_once(self: SiteStore, *vector: Any) -> None:
+        if self is four.sites["west"]["store"] and not failures:
+            failures.append(True)
+            raise LocalError("The disk is full.")
+        put_vector(self, *vector)
+
+    monkeypatch.setattr(SiteStore, "put_vector", full_once)
+    four.submit(plan_of(rounds=2, secure_aggregation__retries=0))
+    assert four.conduct() == "finished"
+    assert four.survivors == [tuple(sorted(NAMES[:3])), tuple(sorted(NAMES))]
+    assert four.charges("west") == [(0, "reserved"), (1, "committed")]
+
+
 @pytest.mark.parametrize("record", [AttemptSeen, VectorMasked, Answered])
 def test_an_answer_that_could_not_be_stored_is_never_given(
     consortium: Make, monkeypatch: pytest.MonkeyPatch, record: type
