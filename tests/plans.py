@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 from foedus_common.plan import AgreedPlan, Part, RunPlan
@@ -53,6 +54,17 @@ def plan_table(**changes: Any) -> dict[str, Any]:
         else:
             place[last] = value
     return table
+
+
+def plan_toml(**changes: Any) -> str:
+    """The same as the file that an operator writes. JSON values are TOML values."""
+
+    def lines(part: dict[str, Any]) -> str:
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in part.items())
+
+    table = plan_table(**changes)
+    phases = "".join(f"[[phase]]\n{lines(phase)}" for phase in table.pop("phase"))
+    return "".join(f"[{name}]\n{lines(part)}" for name, part in table.items()) + phases
 
 
 def run_plan(**changes: Any) -> RunPlan:

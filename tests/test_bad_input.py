@@ -7,7 +7,6 @@ joined; afterwards both databases say exactly what they said before. What only a
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from foedus_server.config import Link, Settings
 from foedus_simulations.parties import OPERATOR, SITE, Party, free_ports
 from known_sites import join_site, write_rows
 from operators import Applicant, Operator
-from plans import agreed_plan, plan_table
+from plans import agreed_plan, plan_toml
 from programs import Program
 from tiny_model import model_folder, rows, write_tiny_model
 
@@ -61,9 +60,7 @@ class World:
 
     def plan(self, **changes: Any) -> str:
         """A plan's file, right but for `changes` (as in `plans.plan_table`)."""
-        table = plan_table(**{"model__sha256": manifest_sha256(self.model), **changes})
-        phases = "".join(f"[[phase]]\n{_lines(phase)}" for phase in table.pop("phase"))
-        return self.file("plan.toml", "".join(f"[{key}]\n{_lines(part)}" for key, part in table.items()) + phases)
+        return self.file("plan.toml", plan_toml(**{"model__sha256": manifest_sha256(self.model), **changes}))
 
     def proposed(self, run_id: int, noise: tuple[float, ...] = (13.1, 1.0), **changes: Any) -> str:
         """A plan that arrived at the site, with these noise multipliers; the run's number."""
@@ -80,10 +77,6 @@ class World:
             plans = [(plan.run_id, plan.state) for plan in store.plans()]
             ours = (store.ledger_end(), store.models(), store.datasets(), plans)
         return *ours, [entry.head for entry in self.operator.store.database.entries()]
-
-
-def _lines(table: dict[str, Any]) -> str:
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
 
 
 @pytest.fixture(scope="module")
