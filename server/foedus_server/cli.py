@@ -264,7 +264,7 @@ def site_approve(
     register.approve(name, key)
     if as_json:
         return print_json({"site": name, "fingerprint": ours})
-    console.print(f"{name} is approved. Next: foedus roster sign --root-key FILE")
+    console.print(f"{name} is approved. Next: foedus roster sign{_with_root_key(context)}")
 
 
 @site_app.command("revoke")
@@ -273,7 +273,14 @@ def site_revoke(context: typer.Context, name: SiteName, as_json: Json = False) -
     registry(context).revoke(name)
     if as_json:
         return print_json({"site": name, "state": "revoked"})
-    console.print(f"{name} is revoked. Next: foedus roster sign --root-key FILE, so that the other sites know.")
+    console.print(
+        f"{name} is revoked. Next: foedus roster sign{_with_root_key(context)}, so that the other sites know."
+    )
+
+
+def _with_root_key(context: typer.Context) -> str:
+    """What `roster sign` has to be given besides, unless the key lies in the home."""
+    return "" if config.Home.open(context.obj).demonstration else " --root-key FILE"
 
 
 @roster_app.command("draft")

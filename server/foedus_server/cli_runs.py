@@ -75,6 +75,7 @@ def plan_check(context: typer.Context, plan: PlanFile, as_json: Json = False) ->
     facts = describe(operator(context).prepare(plan).agreed)
     if as_json:
         return print_json(facts)
+    facts["epsilon"] = _short(facts["epsilon"])
     print_facts({key: value for key, value in facts.items() if key not in ("phases", "digest")})
     print_table(
         ["phase", "rounds", "numbers trained", "noise multiplier", "bytes up a round"],
@@ -87,7 +88,7 @@ def plan_check(context: typer.Context, plan: PlanFile, as_json: Json = False) ->
 
 
 def _short(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3g}"
+    return "-" if number is None else f"{number:.4g}"
 
 
 # --- Runs ---
