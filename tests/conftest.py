@@ -1,9 +1,12 @@
 """Shared by all tests: the folder `tests` itself is importable, so that `plans` and other fixtures' modules are."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -15,3 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Examples are the same in every run, and how long one takes on a busy machine says nothing.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_log_handlers() -> Iterator[None]:
+    """A program run within a test sets up its log; the next module's tests must not write to a stream that is gone."""
+    before = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = before
