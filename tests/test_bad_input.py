@@ -119,6 +119,10 @@ FOR_THE_OPERATOR: dict[str, tuple[Words, str]] = {
         lambda w: ["run", "submit", w.plan(task__labels=["Eye"])],
         r"The plan 'icd-chapters' needs at least two different labels in \[task\] labels\.",
     ),
+    "a purpose that paints the terminal": (
+        lambda w: ["run", "submit", w.plan(run__purpose="\x1b[2J")],
+        r"The plan 'icd-chapters' must have 1 to 1000 printable characters in \[run\] purpose\.",
+    ),
     "epochs under DP": (
         lambda w: ["run", "submit", w.plan(phase__0__epochs=1.0)],
         r"The plan 'icd-chapters' gives epochs, .*; under DP give steps instead\. \(phase 1\)",

@@ -186,6 +186,8 @@ class SiteRounds:
 
         charge = site.ledger.reserve_round(header.run_id, header.round)  # on disk before the data is opened
         update = trainer.train(path, adapter.sha256, round_plan)
+        if adapter.sha256 != agreed.first_adapter_sha256:  # which another run may be starting from, too
+            site.objects.delete(adapter)
         words = terms.layout.encode(within_range(update, agreed, round_plan), site.random)
         vector = ObjectVectors(site.objects).store(words)
         site.ledger.release(charge, terms, vector)  # the outbox, on disk before Ready is sent

@@ -24,6 +24,8 @@ TRAINER_VERSION = "foedus-trainer/1"
 """Names the arithmetic of local training; sites of another version are not in the same round."""
 
 MAX_PLAN_BYTES = 128 * 1024
+MAX_TEXT = 1000
+"""Characters of a text that people read: a purpose, a name, a label."""
 
 Group = Literal["head", "adapter"]
 """A named part of the trained vector that has a learning rate and a scale of its own."""
@@ -159,6 +161,9 @@ def _problems(plan: RunPlan) -> Iterator[str]:
     secure, privacy = plan.secure_aggregation, plan.privacy
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", plan.run.name):
         yield "must be named with small letters, digits and dashes in [run] name (at most 64)."
+    for where, text in _texts(plan):
+        if not (0 < len(text) <= MAX_TEXT and text.isprintable()):
+            yield f"must have 1 to {MAX_TEXT} printable characters in {where}."
     if not re.fullmatch(r"[0-9a-f]{64}", plan.model.sha256):
         yield "needs 64 hexadecimal digits in [model] sha256; `foedus model add` prints them."
     if len(plan.task.labels) < 2 or len(set(plan.task.labels)) != len(plan.task.labels):
@@ -187,6 +192,14 @@ def _problems(plan: RunPlan) -> Iterator[str]:
         yield "must have budget_share values that add up to 1 over its phases."
     if plan.aggregation.average_last < 1 or not 0 <= plan.aggregation.momentum < 1:
         yield "must have [aggregation] average_last of 1 or more and momentum in [0, 1)."
+
+
+def _texts(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    """What people at the sites will read on their terminals, or in a page."""
+    yield "[run] purpose", plan.run.purpose
+    yield "[model] name", plan.model.name
+    yield "[data] name", plan.data.name
+    yield from (("each of [task] labels", label) for label in plan.task.labels)
 
 
 def _privacy_problems(privacy: Privacy) -> Iterator[str]:

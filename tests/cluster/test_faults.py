@@ -70,6 +70,16 @@ def test_a_coordinator_killed_at_each_stage_goes_on_from_the_last_committed_roun
     assert four.command("audit", "verify").returncode == 0
 
 
+def test_two_runs_at_once_do_not_disturb_each_other(four: Cluster) -> None:
+    both = [four.submit(plan_of(rounds=3), run_id=run_id) for run_id in (5, 6)]
+    with four.running("coordinator", THIRD, FOURTH):
+        for agreed in both:
+            four.await_state(agreed.run_id, "finished")
+    for agreed in both:
+        assert four.survivors(agreed.run_id) == [EVERYBODY] * 3
+        four.assert_sums_are_exact(agreed)
+
+
 def test_one_of_three_killed_aborts_the_attempt_and_the_round_is_tried_again(four: Cluster) -> None:
     agreed = four.submit(plan_of(rounds=2, **FOR_THREE), run_id=3)
     with four.running("coordinator", FOURTH):

@@ -221,6 +221,12 @@ def test_every_rounds_adapter_is_evaluated_and_the_last_one_exported(finished: F
     assert {"adapter_model.safetensors", "adapter_config.json", "head.safetensors", "labels.json"} <= exported
 
 
+@pytest.mark.parametrize("name", SITES)
+def test_a_site_keeps_no_vector_and_no_adapter_but_the_first(finished: Federation, name: str) -> None:
+    kept = [path for path in (finished.sites[name].home / "objects").rglob("*") if path.is_file()]
+    assert len(kept) == 2  # and the roster
+
+
 def test_no_word_of_the_data_is_anywhere_but_in_the_data(finished: Federation) -> None:
     files = [path for path in finished.folder.rglob("*") if path.is_file() and path.name != "strace.txt"]
     holding = {path.name for path in files if CANARY.encode() in path.read_bytes()}
