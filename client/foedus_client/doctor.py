@@ -149,6 +149,8 @@ def _reachable(address: str) -> str:
         raise LocalError(f"{address} does not answer; let outgoing connections to it through the firewall.") from None
     except ConnectionRefusedError:
         raise LocalError(f"Nothing listens at {address}; ask the operator whether `foedus up` is running.") from None
+    except OSError as error:
+        raise LocalError(f"{address}: {error.strerror}; look after this machine's own network.") from None
     return f"{address} answers."
 
 

@@ -149,8 +149,11 @@ class _Conductor:
         for reply in self._grid.pull_messages(list(self._proposed)):
             site = self._proposed.pop(reply.metadata.reply_to_message_id)
             self._willing.discard(site)
+            if reply.has_error():
+                logger.warning("%s's program failed on the proposal; its own log says why", site)
+                continue
             try:
-                if not reply.has_error() and self._is_willing(site, body_of(reply)):
+                if self._is_willing(site, body_of(reply)):
                     self._willing.add(site)
             except RemoteError as error:
                 logger.warning("%s answered the proposal wrongly: %s", site, error)

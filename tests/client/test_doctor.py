@@ -161,12 +161,18 @@ def test_a_name_that_does_not_resolve(site: Site) -> None:
     assert "does not resolve" in site.amiss()["network"]
 
 
-def test_a_firewall_that_swallows(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def swallow(*_: object, **__: object) -> None:
-        raise TimeoutError
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [(TimeoutError(), "through the firewall"), (OSError(101, "Network is unreachable"), "this machine's own network")],
+)
+def test_a_firewall_that_swallows_and_a_cable_that_is_out(
+    site: Site, monkeypatch: pytest.MonkeyPatch, error: OSError, advice: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr(socket, "create_connection", swallow)
-    assert "through the firewall" in site.amiss()["network"]
+    monkeypatch.setattr(socket, "create_connection", fail)
+    assert advice in site.amiss()["network"]
 
 
 def test_a_site_that_is_not_let_in(site: Site) -> None:
