@@ -370,7 +370,8 @@ def test_an_adapter_is_no_larger_than_its_model(
 def test_a_port_in_use_is_named(world: World) -> None:
     settings = world.operator.home.settings
     with socket.create_server(("127.0.0.1", settings.link.port)):
-        ended = Party(OPERATOR, world.operator.home.path).attempt("up", "--json")
+        quiet = {"GRPC_VERBOSITY": "NONE"}  # Flower, imported by other tests, has set another one in this process
+        ended = Party(OPERATOR, world.operator.home.path, quiet).attempt("up", "--json")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
         f"foedus: Cannot listen on 127.0.0.1:{settings.link.port}: the port is in use or the address is not of this "

@@ -167,7 +167,7 @@ def test_a_private_run_without_its_epsilon_gets_no_card(model: Path) -> None:
 
 
 def test_a_plans_words_cannot_break_out_of_the_card(model: Path) -> None:
-    purpose = "\n# Not a heading\n<script>alert(1)</script> | ![](https://tracker)"
+    purpose = "# Not a heading <script>alert(1)</script> | ![](https://tracker)"
     agreed = tiny_agreed(model, run__purpose=purpose, model__name='x", "y"]; import os #')
     text = card(agreed, encoder_spec(model, agreed.plan), FACTS)
     assert r"Purpose: # Not a heading \<script\>alert(1)\</script\> \| !\[\](https://tracker)" in text
