@@ -57,11 +57,6 @@ class Link:
 
 
 @dataclass(frozen=True)
-class ConsoleSettings:
-    port: int = 8080  # on the loopback address only
-
-
-@dataclass(frozen=True)
 class Patience:
     """How long a round waits: `stage_seconds` for the answers of one cryptographic stage, `absent_seconds` in training
     for a site that has been away so long that the others should not wait for it."""
@@ -82,18 +77,13 @@ class Settings:
     host: str = "127.0.0.1"
     database: str = ""
     link: Link = field(default_factory=Link)
-    console: ConsoleSettings = field(default_factory=ConsoleSettings)
     patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         if not (0 < len(self.federation) <= 48 and self.federation.isprintable()):
             raise LocalError("The federation's name must have 1 to 48 printable characters.")
-        if not 0 < self.console.port < 65_536:
-            raise LocalError(f"The console's port {self.console.port} is no port; use 1 to 65535.")
-        ports = [self.link.port, self.link.enrolment_port, self.console.port]
-        for port in ports:
-            if ports.count(port) > 1:
-                raise LocalError(f"The port {port} is given twice; link, enrolment and console need one each.")
+        if self.link.port == self.link.enrolment_port:
+            raise LocalError(f"The port {self.link.port} is given twice; link and enrolment need one each.")
         check_address(self.link_address)
         check_address(self.enrolment_address)
 
@@ -107,8 +97,6 @@ class Settings:
             f"listen = {json.dumps(self.link.listen)}\n"
             f"port = {self.link.port}\n"
             f"enrolment_port = {self.link.enrolment_port}\n\n"
-            f"[console]\n"
-            f"port = {self.console.port}  # on the loopback address only\n\n"
             f"[patience]\n"
             f"stage_seconds = {self.patience.stage_seconds}  # for the answers of one cryptographic stage\n"
             f"absent_seconds = {self.patience.absent_seconds}  # in training, for a site that is away\n"
@@ -244,7 +232,7 @@ def _database_url(home: Path, settings: Settings) -> str:
 
 
 def _hosts(settings: Settings) -> list[str]:
-    """What the server's certificate is for; the machine's own console and checks come in over the loopback address."""
+    """What the server's certificate is for; the machine's own checks come in over the loopback address."""
     return list(dict.fromkeys([settings.host, "localhost", "127.0.0.1"]))
 
 

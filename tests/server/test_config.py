@@ -11,7 +11,7 @@ from foedus_common.certificates import DAY
 from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
 from foedus_common.identity import public_bytes
-from foedus_server.config import ConsoleSettings, Home, Link, Settings, create_root_key, home_path, init
+from foedus_server.config import Home, Link, Settings, create_root_key, home_path, init
 from operators import Operator
 from seeded import seeded
 
@@ -117,7 +117,6 @@ def test_a_home_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
             'Kliniken "Nord" \\ Süd',
             host="coordinator.example",
             link=Link("0.0.0.0", 1, 65_535),
-            console=ConsoleSettings(port=9000),
         ),
     ],
 )
@@ -139,7 +138,6 @@ def test_addresses_as_dialled_and_as_bound() -> None:
         ("port = 8443", "port = '8443'", "'port' in .* must be a whole number"),
         ("port = 8443", "port = 0", "'127.0.0.1:0' is no address"),
         ("port = 8443", "port = 8444", "port 8444 is given twice"),
-        ("port = 8080", "port = 65536", "console's port 65536"),
         ('host = "127.0.0.1"', 'host = "two words"', "is no address"),
         ('federation = "Test"', 'federation = ""', "federation's name"),
         ('federation = "Test"', "", "lacks the key 'federation'"),
