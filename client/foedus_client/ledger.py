@@ -15,8 +15,7 @@ from typing import Any
 
 from foedus_client.accounts import Account, Budget, Commitment, Run, beyond, fold, reservation
 from foedus_client.data import Survey, share_rows
-from foedus_client.schema import OVER
-from foedus_client.store import Dataset, SiteStore
+from foedus_client.store import OVER, Dataset, SiteStore
 from foedus_common.canonical import labelled
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError, PolicyRefusal, RemoteError
