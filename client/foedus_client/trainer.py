@@ -156,11 +156,18 @@ def answering_errors(answers: Answers) -> Iterator[None]:
         yield
     except LocalError as error:
         answers.error(str(error))
-    except (MemoryError, torch.OutOfMemoryError):
-        answers.error("Training ran out of memory; free memory, or choose another device in the site's config.")
     except Exception as error:
+        if is_out_of_memory(error):
+            answers.error("Training ran out of memory; free memory, or choose another device in the site's config.")
+            return
         log_without_values(error)
         answers.error("Training failed; the trainer's log says where.")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for it on a GPU alone."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from foedus_client import trainer_process
+from foedus_client.trainer import answering_errors
 from foedus_client.trainer_process import TrainerProcess, TrainerSettings, read_message, write_message
 from foedus_common.adapters import AdapterSpec, save_adapter
 from foedus_common.canonical import sha256_hex
@@ -101,6 +104,15 @@ def test_a_killed_trainer_is_an_error_and_the_next_call_starts_another(site: Sit
     trainer.stop()
     with pytest.raises(LocalError, match="was stopped"):
         trainer.train(site.adapter, site.sha256, plan)
+
+
+@pytest.mark.parametrize("too_much", [lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)])
+def test_too_little_memory_is_a_sentence_and_not_a_failure_that_nobody_understands(too_much: Any) -> None:
+    said: list[str] = []
+    answers = SimpleNamespace(error=said.append)
+    with answering_errors(answers):
+        too_much()
+    assert said == ["Training ran out of memory; free memory, or choose another device in the site's config."]
 
 
 def test_what_changed_since_it_was_agreed_is_refused(site: Site, tmp_path: Path) -> None:

@@ -114,10 +114,7 @@ class Cluster:
         return [attempt.survivors for attempt in self.operator.store.runs.committed(run_id)]
 
     def charges(self, name: str, run_id: int) -> list[tuple[int, str]]:
-        """(round, state) of each charge in the site's own ledger, while its daemon may be running."""
-        with closing(SiteStore(self.homes[name] / "site.db", CLOCK)) as store:
-            ledger = Ledger(store, CLOCK, sign=lambda message: b"")
-            return [(charge.round, charge.state) for charge in ledger.run(run_id).charges]
+        return charges_of(self.homes[name], run_id)
 
     def plan_state(self, name: str, run_id: int) -> str:
         return plan_state(self.homes[name], run_id)
@@ -133,11 +130,21 @@ def plan_state(home: Path, run_id: int) -> str:
         return "unknown" if plan is None else plan.state
 
 
+def charges_of(home: Path, run_id: int) -> list[tuple[int, str]]:
+    """(round, state) of each charge in a site's own ledger, while its daemon may be running."""
+    with closing(SiteStore(home / "site.db", CLOCK)) as store:
+        ledger = Ledger(store, CLOCK, sign=lambda message: b"")
+        return [(charge.round, charge.state) for charge in ledger.run(run_id).charges]
+
+
 @dataclass(frozen=True)
 class Child:
     """A process that a process of ours started."""
 
     pid: int
+
+    def suspend(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)

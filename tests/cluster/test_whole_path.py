@@ -1,8 +1,8 @@
 """The whole path by the programs' own commands, with real training: from `foedus init` to an exported adapter.
 
 Three sites enrol and approve; a run goes through a head phase and an adapter phase. In its course the coordinator is
-restarted, a site is restarted, and a trainer is killed. One site runs under strace, where there is one: what was on its
-disk before it opened its data is read from the kernel's own account.
+restarted, a site is restarted, and a trainer is killed at work. One site runs under strace, where there is one: what
+was on its disk before it opened its data is read from the kernel's own account.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from foedus_common.model_folder import manifest_sha256
 from foedus_server.config import Home
 from foedus_simulations.parties import OPERATOR, Party, free_ports, until
 from known_sites import write_rows
-from processes import children, environment, plan_state
+from processes import charges_of, children, environment, plan_state
 from tiny_model import LABELS, rows, write_tiny_model
 
 FIRST, SECOND, TRACED = SITES = ("north", "east", "south")
@@ -161,9 +161,13 @@ def conduct(made: Federation) -> None:
     await_rounds(1)  # the first site is held before the second round
     operator.stop("up")
     operator.start("up", "up", "--json")
-    for trainer in children(made.daemons[FIRST].pid):
-        trainer.kill()
+    trainers = children(made.daemons[FIRST].pid)
+    for trainer in trainers:
+        trainer.suspend()
     (made.folder / "gate-1").touch()
+    until(lambda: charges(made, FIRST)[1:] == [(1, "reserved")], 30, "the round's being charged, and trained")
+    for trainer in trainers:
+        trainer.kill()
 
     await_rounds(2)  # the traced site is held before the third
     made.sites[SECOND].stop("run")
@@ -171,6 +175,11 @@ def conduct(made: Federation) -> None:
     (made.folder / "gate-2").touch()
     watched = operator.attempt("run", "watch", made.run)
     assert watched.returncode == 0, watched.stdout
+
+
+def charges(made: Federation, name: str) -> list[tuple[int, str]]:
+    """(round, state) of each training that the site's own ledger has for the run."""
+    return charges_of(made.sites[name].home, int(made.run))
 
 
 # --- What the run left behind ---
@@ -190,8 +199,13 @@ def test_the_restarted_coordinator_went_on_from_the_last_committed_round(finishe
     assert all(index != 0 for index, _ in cut)
 
 
-def test_the_daemon_outlives_its_trainer(finished: Federation) -> None:
+def test_the_daemon_outlives_a_trainer_that_is_killed_at_work(finished: Federation) -> None:
+    """As by a kernel that is out of memory: the round is declined with a sentence, then trained and charged again."""
     assert finished.daemons[FIRST].poll() is None
+    log = finished.sites[FIRST].log("run").read_text()
+    assert "round 2: declined: The trainer was killed, most likely because memory ran out; free memory" in log
+    ended = [(0, "committed"), (1, "reserved"), (1, "committed"), (2, "committed"), (3, "committed")]
+    assert charges(finished, FIRST) == ended
 
 
 @pytest.mark.parametrize("name", SITES)
