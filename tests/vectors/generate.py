@@ -7,6 +7,7 @@ AES-GCM and Ed25519 come from pyca/cryptography, as they do there. Cases with "a
 
 from __future__ import annotations
 
+import decimal
 import hashlib
 import hmac
 import json
@@ -360,7 +361,56 @@ def envelope() -> dict:
     }
 
 
-GENERATORS = (canonical, keys, shamir, masks, encoding, envelope)
+# --- Discrete Gaussian noise ---
+
+
+def discrete_gaussian() -> list:
+    """Samples by the definition: one 256-bit number each, inverted by adding up probabilities of a hundred digits."""
+    cases = []
+    for variance, count in ((16**2, 400), (64**2, 300), (128**2 + 1, 40), ((13 * 65536) ** 2, 40)):
+        key = seeded(f"noise {variance}")
+        aes = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        drawn = [0] * count
+        for factor, narrow in narrow_gaussians(variance):
+            edges, lowest = gaussian_edges(narrow)
+            cells = [int.from_bytes(aes.update(bytes(2)), "little") for _ in range(count)]
+            undecided = {edge >> 240 for edge in edges}
+            middles = [int.from_bytes(aes.update(bytes(8)), "little") >> 16 if c in undecided else 0 for c in cells]
+            for index, (cell, middle) in enumerate(zip(cells, middles, strict=True)):
+                uniform = (cell << 48 | middle) << 192  # no edge of these cases needs more
+                drawn[index] += factor * (lowest + sum(edge <= uniform for edge in edges))
+        cases.append({"variance": variance, "key": key.hex(), "samples": drawn})
+    return cases
+
+
+def narrow_gaussians(variance: int) -> list:
+    """Pairs (factor, variance), narrowest first, with sum of factor^2 * variance as asked."""
+    parts = []
+    while variance > 128**2:
+        factor = 1
+        while variance > factor**2 * (128**2 + 8):
+            factor += 1
+        parts.append((factor, variance // factor**2 - 8))
+        variance -= factor**2 * parts[-1][1]
+    return [(1, variance), *reversed(parts)]
+
+
+def gaussian_edges(variance: int) -> tuple:
+    """floor(2^256 P(X <= k)) for k from `lowest` on."""
+    with decimal.localcontext() as context:
+        context.prec = 130
+        bound = 1
+        while (decimal.Decimal(-bound * bound) / (2 * variance)).exp() >= decimal.Decimal(2) ** -256:
+            bound += 1
+        weights = [(decimal.Decimal(-k * k) / (2 * variance)).exp() for k in range(-bound, bound + 1)]
+        total, running, edges = sum(weights), decimal.Decimal(0), []
+        for weight in weights[:-1]:
+            running += weight
+            edges.append(int(running / total * 2**256))
+        return edges, -bound
+
+
+GENERATORS = (canonical, keys, shamir, masks, encoding, envelope, discrete_gaussian)
 
 
 def rendered() -> dict[str, str]:

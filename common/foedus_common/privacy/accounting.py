@@ -5,8 +5,10 @@ Adjacency is adding or removing one row. Within a plan the answer is Google's dp
 cross-check. Knows plans and numbers; no ledger, no data.
 
 Delta. Of every delta given here RESERVED_DELTA is set aside: 2^-40 for a noised sum that leaves its field's range
-(protocol.md section 3), and 2^-60 for the distance between the discrete Gaussian that is drawn and the continuous one
-that is accounted (`noise.accounted_multiplier`: below 1e-67 a coordinate, so it covers 10^48 coordinates).
+(protocol.md section 3), and 2^-60 for the distance between the noise that is drawn and the continuous Gaussian that is
+accounted. Factors of 1 +- 2^-221 a coordinate (`noise.accounted_multiplier`, `gaussian`) add up to nothing; the 2^-240
+in total variation that a sample may be off counts 1 + e^epsilon times, and so stays below 2^-60 for 2^60 coordinates at
+epsilon 80.
 """
 
 from __future__ import annotations
