@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from foedus_client.store.database import Database
+from foedus_client.store.journal import Journal
 from foedus_common.errors import LocalError
 
 
@@ -36,7 +36,7 @@ class Dataset:
     added_at: float
 
 
-class Belongings(Database):
+class Belongings(Journal):
     """Models and datasets of this machine."""
 
     def add_model(self, name: str, manifest_sha256: str, path: Path) -> None:
@@ -53,6 +53,7 @@ class Belongings(Database):
             self._db.execute(
                 "INSERT INTO models VALUES (?, ?, ?, ?)", (manifest_sha256, name, str(path.absolute()), self._now())
             )
+            self.log("model.added", model=name, manifest_sha256=manifest_sha256)
 
     def models(self) -> list[StoredModel]:
         return [_model(row) for row in self._all("SELECT * FROM models ORDER BY name")]

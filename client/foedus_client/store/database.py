@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from foedus_client.store.schema import SCHEMA, SCHEMA_VERSION
+from foedus_client.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
 
@@ -96,30 +96,27 @@ class Database:
         with self.transaction(f"set {key}"):
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    def paused(self) -> str | None:
-        """Who paused the site; None while it is at work."""
-        return self.meta("paused") or None
-
-    def pause(self, by: str) -> None:
-        self.set_meta("paused", by)
-
-    def resume(self) -> None:
-        self.set_meta("paused", "")
-
     # --- Plumbing ---
 
     def _make_schema(self) -> None:
+        """The tables, whole or not at all: made, or brought up to date from an older version of this program."""
         with self.transaction("schema"):
             version = self._one("PRAGMA user_version")[0]
             if version == 0:
-                for statement in _statements(SCHEMA):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
+                self._execute(SCHEMA)
+            elif version != SCHEMA_VERSION and version not in MIGRATIONS:
                 raise LocalError(
-                    f"{self.path} has schema version {version}, and this program knows {SCHEMA_VERSION}; "
-                    "use the version of Foedus that wrote it."
+                    f"{self.path} has schema version {version}, and this program knows {min(MIGRATIONS)} to "
+                    f"{SCHEMA_VERSION}; use the version of Foedus that wrote it."
                 )
+            else:
+                for older in range(version, SCHEMA_VERSION):
+                    self._execute(MIGRATIONS[older])
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _execute(self, script: str) -> None:
+        for statement in _statements(script):
+            self._db.execute(statement)
 
     def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
         with self._lock:

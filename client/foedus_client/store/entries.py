@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from foedus_client.high_water import HighWater, Mark
-from foedus_client.store.database import Database
+from foedus_client.store.journal import Journal
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
 from foedus_common.journal import START, Checkpoint, Entry
@@ -16,7 +16,7 @@ _WAYS_ON = (
 )
 
 
-class Entries(Database):
+class Entries(Journal):
     """The ledger's chain of entries, with the site's signatures."""
 
     def __init__(self, path: Path, clock: Clock, high_water: HighWater | None = None) -> None:
@@ -34,10 +34,15 @@ class Entries(Database):
         return Checkpoint(row["number"], row["head"]) if row else START
 
     def append_entry(self, entry: Entry, signature: bytes) -> None:
+        """The journal names the entry and its head, so that a head of the journal stands for the ledger as well."""
         with self.transaction("ledger"):
             self._db.execute(
                 "INSERT INTO ledger VALUES (?, ?, ?, ?)", (entry.number, entry.body, entry.head, signature)
             )
+            told = entry.event
+            what = {name: told[name] for name in ("dataset", "round", "charge") if name in told}
+            run = {"run": str(told["run_id"])} if "run_id" in told else {}
+            self.log(f"ledger.{told['event']}", entry=entry.number, head=entry.head.hex(), **run, **what)
 
     # --- The high-water mark ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from foedus_client.store.entries import Entries
 from foedus_common.errors import LocalError
@@ -10,6 +11,10 @@ from foedus_common.protocol.effects import Answered, AttemptSeen, Record, Vector
 from foedus_common.protocol.messages import AttemptId, RoundTerms, VectorRef
 from foedus_common.protocol.site_stages import Outbox
 from foedus_common.protocol.wire import parse_terms, terms_bytes
+
+ANSWERS = {3: "survivors.signed", 4: "unmasking.answered"}
+"""What answers are called in the journal, by the sequence number of the request; entered before the answer leaves. The
+one to request 2 is told by the vector that was masked for it."""
 
 
 class Vectors(Entries):
@@ -24,6 +29,8 @@ class Vectors(Entries):
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (charge, terms.run_id, terms.round, terms_bytes(terms), vector.digest, vector.size, self._now()),
             )
+            where = {"run": str(terms.run_id), "round": terms.round}
+            self.log("vector.stored", **where, charge=charge, vector=vector.digest.hex(), size=vector.size)
 
     def outbox(self, run_id: int, round_index: int) -> Outbox | None:
         """The round's newest vector with everything durable that decides whether it may be masked."""
@@ -69,6 +76,7 @@ class Vectors(Entries):
     def _persist(self, record: Record) -> None:
         if isinstance(record, AttemptSeen):
             self._db.execute("INSERT INTO attempts VALUES (?, ?, ?)", record.attempt)
+            self.log("attempt.begun", **_where(record.attempt))
         elif isinstance(record, VectorMasked):
             self._after_commit.add(self._advance_mark)
             changed = self._db.execute(
@@ -78,10 +86,19 @@ class Vectors(Entries):
             ).rowcount
             if changed != 1:
                 raise LocalError("A vector that is not in the outbox was masked.")
+            self.log(
+                "vector.masked", **_where(record.attempt), vector=record.masked.digest.hex(), size=record.masked.size
+            )
         elif isinstance(record, Answered):
             self._db.execute(
                 "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)",
                 (*record.attempt, record.sequence, record.request, record.answer),
             )
+            if event := ANSWERS.get(record.sequence):
+                self.log(event, **_where(record.attempt))
         else:
             raise LocalError(f"A site keeps no {type(record).__name__} records.")
+
+
+def _where(attempt: AttemptId) -> dict[str, Any]:
+    return {"run": str(attempt.run_id), "round": attempt.round, "attempt": attempt.attempt}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
-from foedus_client.store.database import Database
+from foedus_client.store.journal import Journal
 from foedus_client.store.schema import NEXT, PlanState
 from foedus_common.errors import LocalError
 
@@ -24,7 +24,7 @@ class StoredPlan:
     decided_by: str | None
 
 
-class Plans(Database):
+class Plans(Journal):
     """Signed plans and their states."""
 
     def put_plan(self, digest: bytes, run_id: int, canonical: bytes, signature: bytes) -> StoredPlan:
@@ -41,6 +41,7 @@ class Plans(Database):
                 "INSERT INTO plans VALUES (?, ?, ?, ?, ?, 'pending', NULL, NULL)",
                 (digest, run_id, canonical, signature, self._now()),
             )
+            self.log("plan.received", run=str(run_id), plan=digest.hex())
             return _plan(self._one("SELECT * FROM plans WHERE digest = ?", digest))
 
     def plans(self) -> list[StoredPlan]:
@@ -72,6 +73,7 @@ class Plans(Database):
                 "UPDATE plans SET state = ?, decided_at = ?, decided_by = ? WHERE digest = ?",
                 (state, self._now(), by, digest),
             )
+            self.log(f"plan.{state}", run=str(plan.run_id), plan=digest.hex(), by=by)
             return _plan(self._one("SELECT * FROM plans WHERE digest = ?", digest))
 
 

@@ -1,11 +1,11 @@
-"""The tables of a site's database, and which state of a plan may follow which. `store` has the rest of the SQL."""
+"""The tables of a site's database, how older ones become these, and which state of a plan may follow which."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 PlanState = Literal["pending", "approved", "declined", "withdrawn", "finished", "stopped"]
 
@@ -18,7 +18,39 @@ NEXT: Mapping[PlanState, frozenset[PlanState]] = {
 OVER = frozenset({"declined", "withdrawn", "finished"})
 """The states that are final."""
 
-SCHEMA = """
+_JOURNAL = """
+CREATE TABLE journal (          -- append-only, hash-chained (foedus_common.journal); written with what it tells of
+    number INTEGER PRIMARY KEY,
+    body   BLOB NOT NULL,       -- canonical JSON
+    head   BLOB NOT NULL
+);
+CREATE TRIGGER journal_is_never_updated BEFORE UPDATE ON journal BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER journal_is_never_deleted BEFORE DELETE ON journal BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+
+CREATE TABLE heads (            -- of this site's journal and of others', signed by whose journal it is; written once
+    owner      TEXT NOT NULL,
+    number     INTEGER NOT NULL,
+    head       BLOB NOT NULL,
+    signature  BLOB NOT NULL,   -- 64 bytes
+    public_key BLOB NOT NULL,   -- 32 bytes, the owner's
+    PRIMARY KEY (owner, number, head)
+);
+
+CREATE TABLE countersignatures ( -- by others, over heads of this site's journal; written once
+    number     INTEGER NOT NULL,
+    head       BLOB NOT NULL,
+    witness    TEXT NOT NULL,
+    signature  BLOB NOT NULL,   -- 64 bytes
+    public_key BLOB NOT NULL,   -- 32 bytes, the witness's
+    PRIMARY KEY (number, head, witness)
+);
+"""
+
+MIGRATIONS: Mapping[int, str] = {2: _JOURNAL}
+"""What turns the tables of a version into those of the next."""
+
+SCHEMA = (
+    """
 -- Times are Unix seconds (REAL). Hashes are SHA-256: 32 bytes as BLOB, 64 digits as TEXT.
 
 CREATE TABLE meta (             -- single values; overwritten
@@ -101,3 +133,5 @@ CREATE TABLE answers (          -- what was answered in an attempt; written once
     PRIMARY KEY (run_id, round, attempt, sequence)
 );
 """
+    + _JOURNAL
+)
