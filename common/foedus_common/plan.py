@@ -20,8 +20,9 @@ from foedus_common.canonical import canonical_json, digest
 from foedus_common.errors import LocalError
 from foedus_common.tables import parse, read_toml
 
-TRAINER_VERSION = "foedus-trainer/1"
-"""Names the arithmetic of local training; sites of another version are not in the same round."""
+TRAINER_VERSION = "foedus-trainer/2"
+"""Names the arithmetic of local training; sites of another version are not in the same round. What a site decides for
+itself (device, precision, how the base is held) is no part of it: docs/decisions/0012."""
 
 MAX_PLAN_BYTES = 128 * 1024
 MAX_TEXT = 1000
@@ -74,9 +75,10 @@ class Adapter:
 class Phase:
     """Some rounds that train the same part of the vector.
 
-    Under DP: `steps` Poisson-sampled steps a round at `sampling_rate`. Without: `epochs` over the rows in batches of
-    `batch_size`. `learning_rate` is for the adapter (in a head phase: for the head); `head_learning_rate` and
-    `head_scale` are the head's own in an adapter phase. A scale multiplies a group's gradients before the clip.
+    Under DP: `steps` Poisson-sampled steps a round at `sampling_rate`. Without: `epochs` over the rows a round, and a
+    step of `optimizer` for every `batch_size` rows, on their mean gradient; however few of them a site's memory holds
+    at once. `learning_rate` is for the adapter (in a head phase: for the head); `head_learning_rate` and `head_scale`
+    are the head's own in an adapter phase. A scale multiplies a group's gradients before the clip.
     """
 
     train: Literal["head", "adapter"]
@@ -88,7 +90,10 @@ class Phase:
     epochs: float | None = None
     batch_size: int | None = None
     optimizer: Literal["sgd", "adamw"] | None = None
-    decay: Literal["none", "linear"] = "none"
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None  # L2 bound on the gradient of a whole step
+    warmup: float | None = None  # share of the phase in which the rates rise from 0
+    decay: Literal["none", "linear", "cosine"] = "none"  # of the rates, over the rest of the phase
     head_learning_rate: float | None = None
     head_scale: float = 1.0
     update_bound: float | None = None
@@ -213,14 +218,19 @@ def _privacy_problems(privacy: Privacy) -> Iterator[str]:
         yield "must have [privacy] clip above 0."
 
 
+_WITHOUT_DP = ("epochs", "batch_size", "optimizer", "weight_decay", "max_grad_norm", "warmup")
+
+
 def _phase_problems(phase: Phase, private: bool) -> Iterator[str]:
     if phase.rounds < 1 or phase.learning_rate <= 0:
         yield "must have rounds of 1 or more and learning_rate above 0."
     if phase.head_scale <= 0 or (phase.head_learning_rate is not None and phase.head_learning_rate <= 0):
         yield "must have head_scale and head_learning_rate above 0."
     if private:
-        if phase.epochs is not None or phase.batch_size is not None or phase.optimizer is not None:
-            yield "gives epochs, batch_size or optimizer, which depend on row counts; under DP give steps instead."
+        if given := [name for name in _WITHOUT_DP if getattr(phase, name) is not None]:
+            yield f"gives {', '.join(given)}, which training under DP does not have; give steps and sampling_rate."
+        if phase.decay == "cosine":
+            yield 'decays by a cosine, whose last digit differs between machines; under DP write decay = "linear".'
         if phase.steps is None or phase.steps < 1 or phase.sampling_rate is None or not 0 < phase.sampling_rate <= 1:
             yield "needs steps of 1 or more and sampling_rate in (0, 1]."
         if phase.budget_share is None or not 0 < phase.budget_share <= 1:
@@ -232,35 +242,54 @@ def _phase_problems(phase: Phase, private: bool) -> Iterator[str]:
             yield "gives steps, sampling_rate or budget_share, which belong to DP; without it give epochs instead."
         if phase.epochs is None or phase.epochs <= 0 or phase.batch_size is None or phase.batch_size < 1:
             yield "needs epochs above 0 and batch_size of 1 or more."
+        if not 0 <= (phase.warmup or 0) < 1:
+            yield "must have warmup in [0, 1): the share of the phase in which the rates rise."
+        if (phase.weight_decay or 0) < 0 or (phase.max_grad_norm is not None and phase.max_grad_norm <= 0):
+            yield "must have weight_decay of 0 or more and max_grad_norm above 0."
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """One round of the schedule: `index` counts from 0 over the whole run, `phase` is the phase's number from 0."""
+    """One round of the schedule: `index` counts from 0 over the whole run, `phase` is the phase's number from 0, `done`
+    counts the phase's rounds before this one."""
 
     index: int
     phase: int
     settings: Phase
-    decay: float  # factor on every learning rate in this round
+    done: int
 
-    def learning_rate(self, group: Group) -> float:
+    def learning_rate(self, group: Group, passed: float = 0.0) -> float:
+        """The group's rate once a share `passed` of the round is over; under DP a round has the rate that it begins
+        with."""
         settings = self.settings
         if group == "head" and settings.train == "adapter" and settings.head_learning_rate is not None:
-            return settings.head_learning_rate * self.decay
-        return settings.learning_rate * self.decay
+            return settings.head_learning_rate * self._factor(passed)
+        return settings.learning_rate * self._factor(passed)
 
     def scale(self, group: Group) -> float:
         """Factor on the group's gradients before the clip (public)."""
         return self.settings.head_scale if group == "head" and self.settings.train == "adapter" else 1.0
 
+    def _factor(self, passed: float) -> float:
+        """Of both rates, by how much of the phase is over, so that sites with few and many rows agree. In one round at
+        one site it is that of transformers' `get_scheduler` at each step."""
+        place, end = self.done + passed, self.settings.rounds
+        warm = (self.settings.warmup or 0.0) * end
+        if place < warm:
+            return place / warm
+        match self.settings.decay:
+            case "linear":
+                return (end - place) / (end - warm)
+            case "cosine":
+                return (1 + math.cos(math.pi * (place - warm) / (end - warm))) / 2
+        return 1.0
+
 
 def schedule(plan: RunPlan) -> tuple[RoundPlan, ...]:
-    """Every round of the run in order; with linear decay the factor falls from 1 to 1/rounds within a phase."""
+    """Every round of the run in order."""
     rounds: list[RoundPlan] = []
     for number, phase in enumerate(plan.phase):
-        for done in range(phase.rounds):
-            decay = (phase.rounds - done) / phase.rounds if phase.decay == "linear" else 1.0
-            rounds.append(RoundPlan(len(rounds), number, phase, decay))
+        rounds += [RoundPlan(len(rounds) + done, number, phase, done) for done in range(phase.rounds)]
     return tuple(rounds)
 
 

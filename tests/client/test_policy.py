@@ -63,7 +63,7 @@ EXCEEDED: list[tuple[str, dict[str, Any], str]] = [
     ("max_rank", {"policy": {"max_rank": 3}}, "rank 4, and \\[policy\\] max_rank is 3"),
     ("allow_without_privacy", {"plan": BARE}, "allow_without_privacy is false"),
     ("stated epsilon", {"plan": UNTRUE, "policy": ROOMY}, "its noise gives"),
-    ("trainer", {"plan": replace(PLAN, trainer_version="foedus-trainer/2")}, "foedus-trainer/2"),
+    ("trainer", {"plan": replace(PLAN, trainer_version="foedus-trainer/0")}, "foedus-trainer/0"),
     ("model here", {"facts": {"models": frozenset()}}, "foedus-site model add"),
     ("dataset here", {"account": None}, "foedus-site data add"),
     ("labels", {"facts": {"foreign_rows": 1}}, "1 rows whose label"),

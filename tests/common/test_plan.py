@@ -18,7 +18,7 @@ def test_the_agreed_plan_survives_its_own_bytes():
 
 
 def test_the_digest_is_pinned():
-    assert agreed_plan().digest().hex() == "b8f8c84acb926e5d1df7e5964e5b939c3558ee9c0a9eb283a7fe6a53ead9d87a"
+    assert agreed_plan().digest().hex() == "15721117ed60169dfb61481508a15896e7cdfaefd4b92bd2c4bc6339b2edfda6"
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,10 @@ def test_the_digest_is_pinned():
         ({"secure_aggregation__min_sites": 2}, "the sum of two reveals the other"),
         ({"secure_aggregation__max_sites": 200}, "max_sites <= 128"),
         ({"secure_aggregation__colluding": 2}, "colluding"),
-        ({"phase__0__epochs": 2.0}, "depend on row counts"),
+        ({"phase__0__epochs": 2.0}, "gives epochs, which training under DP does not have"),
+        ({"phase__1__warmup": 0.1, "phase__1__max_grad_norm": 1.0}, "gives max_grad_norm, warmup, which"),
+        ({"phase__1__weight_decay": 0.0, "phase__1__optimizer": "sgd"}, "gives optimizer, weight_decay, which"),
+        ({"phase__1__decay": "cosine"}, "decays by a cosine"),
         ({"phase__0__budget_share": 0.5}, "add up to 1"),
         ({"phase__0__steps": None}, "needs steps"),
         ({"phase__0__decay": "linaer"}, "did you mean 'linear'"),
@@ -73,13 +76,38 @@ def test_a_missing_layout_is_refused():
         parse_agreed_plan(canonical_json(table))
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps": 3}, "give epochs instead"),
+        ({"epochs": None}, "needs epochs"),
+        ({"batch_size": 0}, "batch_size of 1 or more"),
+        ({"warmup": 1.0}, "warmup in [0, 1)"),
+        ({"warmup": -0.1}, "warmup in [0, 1)"),
+        ({"weight_decay": -0.1}, "weight_decay of 0 or more"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm above 0"),
+    ],
+)
+def test_a_mistake_in_a_phase_without_dp_gets_one_sentence(changes, sentence):
+    phase = {"train": "head", "rounds": 1, "learning_rate": 0.1, "epochs": 2.0, "batch_size": 4}
+    given = {key: value for key, value in (phase | changes).items() if value is not None}
+    with pytest.raises(LocalError) as caught:
+        run_plan(privacy={"unit": "none"}, phase=[given])
+    assert sentence in str(caught.value)
+    assert str(caught.value).endswith("(phase 1)")
+    run_plan(privacy={"unit": "none"}, phase=[phase])
+
+
 def test_linear_decay_falls_to_one_part_within_each_phase():
     rounds = schedule(run_plan())
     assert [r.index for r in rounds] == list(range(28))
     assert rounds[0].learning_rate("head") == 24.0
     assert rounds[19].learning_rate("head") == pytest.approx(24.0 / 20)
     assert rounds[20].learning_rate("adapter") == 8.0
-    assert all(a.decay > b.decay for a, b in pairwise(rounds[:20]))
+    assert all(a.learning_rate("head") > b.learning_rate("head") for a, b in pairwise(rounds[:20]))
+    assert [r.learning_rate("head") for r in rounds[:20]] == [
+        24.0 * ((20 - done) / 20) for done in range(20)
+    ]  # exactly
 
 
 def test_retries_are_charged_to_the_costliest_phase():

@@ -1,6 +1,7 @@
-"""Training without differential privacy: epochs of shuffled batches by SGD or AdamW.
+"""Training without differential privacy: epochs of shuffled batches by SGD or AdamW, as PEFT and torch do it alone.
 
-For plans with [privacy] unit = "none". What leaves is bounded in range (`update_bound`) and in nothing else.
+For plans with [privacy] unit = "none". What leaves is bounded in range (`update_bound`) and in nothing else. A batch is
+what a step of the optimiser sees; its gradient is added up over as many rows at a time as the machine holds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
-from foedus_common.plan import RoundPlan
+from foedus_common.plan import Phase, RoundPlan
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks.head import HEAD
 from foedus_common.tasks.rows import EncodedRows
@@ -36,23 +37,28 @@ def plain_update(
     """The update of one round, float64 (d,), each coordinate within +-update_bound.
 
     Batches take the rows in one shuffled order per epoch; a fraction of an epoch stops part-way. The optimiser starts
-    afresh in every round. Raises LocalError when training diverges to numbers that are not finite.
+    afresh in every round; its rates go on where the round before stopped. Raises LocalError when training diverges to
+    numbers that are not finite.
     """
     settings, spec = round_plan.settings, classifier.spec
     features_of, physical = _feature_source(classifier, adapter, rows, settings.train, progress)
     names = [tensor.name for tensor in spec.trained(settings.train) if tensor.name != HEAD]
     head = torch.nn.Parameter(torch.from_numpy(adapter[HEAD].copy()).to(classifier.device))
     weights = [classifier.factors[name].weight.requires_grad_(True) for name in names]
-    optimizer = _optimizer(round_plan, head, weights)
+    optimizer = _optimizer(settings, head, weights)
     batches = _shuffled_batches(len(rows), settings.epochs or 0.0, settings.batch_size or 1, random)
-    for done, batch in enumerate(batches, start=1):
+    for done, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = round_plan.learning_rate(group["group"], done / len(batches))
         optimizer.zero_grad()
         for part in physical(batch):
             labels = torch.from_numpy(rows.labels[part]).to(classifier.device)
             loss = torch.nn.functional.cross_entropy(features_of(part) @ head.T, labels, reduction="sum")
             torch.autograd.backward(loss / len(batch))
+        if settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_([head, *weights], settings.max_grad_norm)
         optimizer.step()
-        progress("steps", done, len(batches))
+        progress("steps", done + 1, len(batches))
     for weight in weights:
         weight.requires_grad_(False)
         weight.grad = None
@@ -76,13 +82,13 @@ def _feature_source(
     return (lambda batch: classifier.pooled(*rows.inputs(batch))), rows.batches
 
 
-def _optimizer(round_plan: RoundPlan, head: torch.nn.Parameter, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
-    groups = [{"params": [head], "lr": round_plan.learning_rate("head")}]
+def _optimizer(settings: Phase, head: torch.nn.Parameter, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """Its parameters in the plan's groups; their rates are set before each step."""
+    groups = [{"params": [head], "group": "head"}]
     if weights:
-        groups.append({"params": weights, "lr": round_plan.learning_rate("adapter")})
-    if round_plan.settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=0.0)
-    return torch.optim.SGD(groups)
+        groups.append({"params": weights, "group": "adapter"})
+    make = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
+    return make(groups, weight_decay=settings.weight_decay or 0.0)
 
 
 def _shuffled_batches(rows: int, epochs: float, size: int, random: RandomBytes) -> list[NDArray[np.int64]]:
