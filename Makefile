@@ -42,3 +42,8 @@ stubs: $(READY)
 
 clean:
 	rm -rf demo .cache
+
+# Every attack of a coordinator that cheats, against real sites: attack, named error, session, opening attack.
+.PHONY: adversary
+adversary: $(READY)
+	@$(BIN)/python tests/adversary/table.py

@@ -122,7 +122,9 @@ def assert_sums_are_exact(operator: Operator, homes: Mapping[str, Path], agreed:
 # --- Sites that have joined ---
 
 
-def join_site(operator: Operator, home: Path, name: str, clock: Clock, rows: Sequence[tuple[str, str]]) -> Membership:
+def join_site(
+    operator: Operator, home: Path, name: str, clock: Clock, rows: Sequence[tuple[str, str]], org: str = ""
+) -> Membership:
     """Invite, join and approve without a network, then put the roster, the model's name and `rows` into the home."""
 
     def approve(public_key: bytes) -> None:
@@ -130,7 +132,7 @@ def join_site(operator: Operator, home: Path, name: str, clock: Clock, rows: Seq
         operator.sign_roster()
 
     home.mkdir(mode=0o700, exist_ok=True)
-    token = operator.registry.invite(name, f"Organisation of {name}")
+    token = operator.registry.invite(name, org or f"Organisation of {name}")
     random = seeded(f"keys of {name}")
     member = join(home, token, operator.registry.enrol, approve, random=random, clock=clock)
     store = SiteStore(home / "site.db", clock)

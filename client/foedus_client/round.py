@@ -222,7 +222,11 @@ class SiteRounds:
 
     def step(self, request: bytes) -> bytes:
         """The session's answer to one request of A0 to A5; effects are carried out in the order it gives."""
-        envelope = self._open(request)
+        try:
+            envelope = self._open(request)
+        except RemoteError:
+            self._sessions.clear()  # nobody can say which attempt it was about: every secret under way is dropped
+            raise
         attempt = envelope.header.attempt_id
         try:
             session, state = self._session(attempt)
