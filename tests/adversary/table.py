@@ -1,4 +1,4 @@
-"""`make adversary`: plays every attack; prints attack, named error, session, opening attack; fails when one succeeds."""
+"""`make adversary`: plays every attack; prints attack, named error, session, opening attack; fails if one succeeds."""
 
 from __future__ import annotations
 
