@@ -21,8 +21,10 @@ DEMO := $(if $(SMALL),--small) $(if $(PRIVACY),--privacy $(PRIVACY)) $(if $(DATA
 demo: $(READY)
 	$(BIN)/python -m foedus_simulations.demo $(DEMO)
 
+# Real processes have deadlines, so those tests have the machine to themselves.
 test: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --ignore tests/cluster
+	$(BIN)/pytest -q tests/cluster
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -125,7 +125,7 @@ FOR_THE_OPERATOR: dict[str, tuple[Words, str]] = {
     ),
     "epochs under DP": (
         lambda w: ["run", "submit", w.plan(phase__0__epochs=1.0)],
-        r"The plan 'icd-chapters' gives epochs, .*; under DP give steps instead\. \(phase 1\)",
+        r"The plan 'icd-chapters' gives epochs, which .* DP does not have; give steps and .*\. \(phase 1\)",
     ),
     "a sum of two": (
         lambda w: ["run", "submit", w.plan(secure_aggregation__min_sites=2)],

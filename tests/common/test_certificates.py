@@ -143,6 +143,7 @@ def test_keys_follow_from_the_random_bytes_given() -> None:
         (AUTHORITY.issue_server(["north"], KEY.public_key(), RANDOM, NOW), AUTHORITY, "north", NOW, Reason.BAD_MESSAGE),
         (AUTHORITY.der, AUTHORITY, "north", NOW, Reason.BAD_MESSAGE),
     ],
+    ids=["stranger", "other name", "ended", "not begun", "other key", "server", "authority"],
 )
 def test_a_site_refuses_a_certificate_that_is_not_its_own(
     certificate: bytes, authority: Authority, name: str, now: float, reason: Reason
