@@ -1,4 +1,4 @@
-"""The site's journal: each fact is entered with the change that it tells of, both or neither, and never altered after."""
+"""The site's journal: each fact is entered with the change that it tells of, both or neither, and stays as it is."""
 
 from __future__ import annotations
 
