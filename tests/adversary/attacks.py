@@ -66,6 +66,14 @@ def alive_then_dead(cheat: Cheat) -> str:
     return "delta"
 
 
+@attack("a second survivor set before the first is unmasked", Reason.SURVIVORS_INVALID)
+def second_set(cheat: Cheat) -> str:
+    attempt = cheat.attempt()
+    attempt.reach(4)
+    attempt.ask("delta", 4, m.Survivors(WITHOUT_VICTIM))
+    return "delta"
+
+
 @attack("a site is listed as survivor, then as dropped, in one sequence", Reason.SEQUENCE_REUSED)
 def alive_and_dead(cheat: Cheat) -> str:
     attempt = cheat.attempt()
