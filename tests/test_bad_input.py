@@ -321,7 +321,7 @@ def assert_refused(program: Program, world: World, words: Words, sentence: str) 
 def test_a_token_is_used_once_and_in_time(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(link, "enrol", lambda address, authority, body: world.operator.registry.enrol(body))
+    monkeypatch.setattr(link, "enrol", lambda address, authority, body, proxy: world.operator.registry.enrol(body))
     registry = world.operator.registry
     token = registry.invite("used", "Used")
     Applicant(world.operator, token).ask()

@@ -29,6 +29,7 @@ from foedus_common.clock import SystemClock, iso
 from foedus_common.enrolment import decode_token
 from foedus_common.errors import LocalError
 from foedus_common.identity import fingerprint
+from foedus_common.link.transport import TlsIdentity
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
 from foedus_common.randomness import system_random
@@ -96,17 +97,23 @@ def choose_home(
 def join(
     context: typer.Context,
     token: Annotated[str, typer.Argument(help="The operator's token; - reads it from standard input.")],
+    proxy: Annotated[str, typer.Option(help="http://host:port, for a new home's site.toml; else https_proxy.")] = "",
+    authorities: Annotated[
+        str, typer.Option(help="PEM file of others that may vouch for the coordinator, for a new home's site.toml.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Make this site's keys and join the federation that the token names."""
     from foedus_client import link  # gRPC and Flower take a second to import
 
     invitation = decode_token(sys.stdin.readline().strip() if token == "-" else token)
-    home = config.SiteHome.create(context.obj)
+    home = config.SiteHome.create(context.obj, config.SiteSettings(proxy=proxy, authorities=authorities))
+    trusted = home.trusting(TlsIdentity(b"", b"", invitation.authority_pem)).authority
     shown = threading.Event()
 
     def call(body: bytes) -> bytes:
-        return link.enrol(invitation.enrolment_address, invitation.authority_pem, body)
+        address = home.settings.enrolment or invitation.enrolment_address
+        return link.enrol(address, trusted, body, home.settings.proxy)
 
     def wait(public_key: bytes) -> None:
         if not shown.is_set():

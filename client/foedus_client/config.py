@@ -10,6 +10,7 @@ Knows nothing of the federation.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -22,9 +23,11 @@ from typing import Literal
 from foedus_client.high_water import HighWater
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
+from foedus_common.certificates import read_authorities
 from foedus_common.clock import Clock
 from foedus_common.enrolment import check_address
 from foedus_common.errors import LocalError
+from foedus_common.link.transport import TlsIdentity, check_proxy
 from foedus_common.private_files import create_private, private_folder
 from foedus_common.tables import parse, read_toml
 
@@ -35,11 +38,16 @@ SETTINGS = "site.toml"
 class SiteSettings:
     """site.toml. Raises LocalError for values that cannot be.
 
-    coordinator: "host:port" of its link; "" for the one in the token. device: where the trainer computes; threads: 0
+    coordinator, enrolment: "host:port" of its two ports; "" for those in the token. proxy: "http://host:port" through
+    which both are reached; "" for what the environment's https_proxy and no_proxy say. authorities: a PEM file of those
+    that, besides the federation's own, may vouch for the coordinator. device: where the trainer computes; threads: 0
     leaves them to torch; niceness: 0 to 19, added to the daemon's own.
     """
 
     coordinator: str = ""
+    enrolment: str = ""
+    proxy: str = ""
+    authorities: str = ""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0
@@ -47,8 +55,10 @@ class SiteSettings:
     policy: SitePolicy = field(default_factory=SitePolicy)
 
     def __post_init__(self) -> None:
-        if self.coordinator:
-            check_address(self.coordinator)
+        for address in filter(None, (self.coordinator, self.enrolment)):
+            check_address(address)
+        if self.proxy:
+            check_proxy(self.proxy)
         kind, _, number = self.device.partition(":")
         if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
             raise LocalError(f'The device {self.device!r} is none of "auto", "cpu" and "cuda:0".')
@@ -60,6 +70,9 @@ class SiteSettings:
         policy = self.policy
         return (
             f"coordinator = {json.dumps(self.coordinator)}  # host:port; empty: as in the token\n"
+            f"enrolment = {json.dumps(self.enrolment)}  # host:port; empty: as in the token\n"
+            f"proxy = {json.dumps(self.proxy)}  # http://host:port; empty: as https_proxy and no_proxy say\n"
+            f"authorities = {json.dumps(self.authorities)}  # PEM file of others that may vouch for the coordinator\n"
             f"device = {json.dumps(self.device)}  # auto, cpu or cuda:0\n"
             f"dtype = {json.dumps(self.dtype)}  # auto, float32 or bfloat16\n"
             f"threads = {self.threads}  # 0: as many as there are cores\n"
@@ -123,6 +136,13 @@ class SiteHome:
             if (name := store.meta("high_water")) is None:
                 store.set_meta("high_water", name := mark)
         return SiteStore(self.database, clock, HighWater(state, name))
+
+    def trusting(self, tls: TlsIdentity) -> TlsIdentity:
+        """What also trusts the settings' own `authorities`. Raises LocalError when they cannot be read."""
+        if not self.settings.authorities:
+            return tls
+        found = read_authorities(self.path / self.settings.authorities)  # a relative name is meant from the home
+        return dataclasses.replace(tls, authority=tls.authority + found)
 
     def daemon_runs(self) -> bool:
         try:

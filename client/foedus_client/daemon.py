@@ -1,7 +1,8 @@
 """`foedus-site run`: composition. The link, the ClientApp, policy, ledger and trainers of one site, put together.
 
 This process keeps the link alive and never trains: no torch here. Each run has a trainer process of its own. A pause is
-a stop between two rounds: the site hangs up and lets go of everything, until it is resumed.
+a stop between two rounds: the site hangs up and lets go of everything, until it is resumed. A new certificate, or new
+keys, are taken up the same way, without a pause.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
 from foedus_client.high_water import mark_name
 from foedus_client.ledger import Ledger
-from foedus_client.link import LinkState, SiteLink
+from foedus_client.link import LinkState, SiteLink, enrol
+from foedus_client.renewal import Renewal
 from foedus_client.round import Site, SiteRounds
 from foedus_client.trainer_process import TrainerProcess, TrainerSettings
 from foedus_common.clock import Clock
@@ -46,7 +48,8 @@ class Daemon:
         self._link = SiteLink(
             site=membership.name,
             address=home.settings.coordinator or membership.token.link_address,
-            tls=membership.tls(),
+            tls=home.trusting(membership.tls()),
+            proxy=home.settings.proxy,
             objects=objects,
             on_state=_log_state,
             random=random,
@@ -63,11 +66,19 @@ class Daemon:
             random=random,
         )
         self._site = site
+        self._renewal = Renewal(membership, self._ask_how_things_stand, clock)
+        self._member = membership
         self._rounds = SiteRounds(site)
         self.name = membership.name
 
     def start(self) -> None:
         self._link.start(client_app(self._rounds), context_of)
+        threading.Thread(target=self._renewal.keep, args=(self._site.stopping,), name="renewal", daemon=True).start()
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the link has to be opened anew: there is a new certificate, a new authority, or new keys."""
+        return self._renewal.changed
 
     @property
     def paused(self) -> bool:
@@ -78,7 +89,7 @@ class Daemon:
 
         A round that the coordinator leaves lying is not waited for longer than a stage may take.
         """
-        logger.info("%s pauses when no round is under way here any more", self.name)
+        logger.info("%s %s when no round is under way here any more", self.name, "pauses" if self.paused else "redials")
         self._site.pausing.set()
         left = SUM_SECONDS
         while self._rounds.training or (self._rounds.summing and left > 0):
@@ -92,6 +103,11 @@ class Daemon:
         self._link.stop()
         self._rounds.stop()
         self._store.close()
+
+    def _ask_how_things_stand(self, request: bytes) -> bytes:
+        settings, member = self._home.settings, self._member
+        address = settings.enrolment or member.token.enrolment_address
+        return enrol(address, self._home.trusting(member.tls()).authority, request, settings.proxy)
 
     def _open_trainer(self, agreed: AgreedPlan) -> TrainerProcess:
         """The run's trainer, not started yet. Raises LocalError when the plan's model or data is not here any more."""
@@ -136,7 +152,7 @@ def serve(home: SiteHome, state: Path, clock: Clock, random: RandomBytes, stoppi
 def _work(daemon: Daemon, stopping: threading.Event) -> None:
     daemon.start()
     logger.info("%s is at work", daemon.name)
-    while not (stopping.wait(LOOK_SECONDS) or daemon.paused):
+    while not (stopping.wait(LOOK_SECONDS) or daemon.paused or daemon.outdated):
         pass
     if not stopping.is_set():
         daemon.finish_round(stopping)

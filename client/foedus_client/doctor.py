@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import socket
 import subprocess
@@ -23,15 +24,15 @@ from foedus_client.store import Dataset, SiteStore, StoredModel
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
-from foedus_common.link.transport import TlsIdentity
+from foedus_common.link.transport import TlsIdentity, proxy_for
 from foedus_common.model_folder import manifest_sha256
 
 CONNECT_SECONDS = 5.0
 SKEW_SECONDS = 60.0
 TRAINER = ("torch", "transformers", "peft")
 
-Admission = Callable[[str, TlsIdentity], float]
-"""`foedus_client.link.admission`: given the address and what is shown there, the coordinator's clock."""
+Admission = Callable[[str, TlsIdentity, str], float]
+"""`foedus_client.link.admission`: given the address, what is shown there and the proxy, the coordinator's clock."""
 
 
 def findings(path: Path, state: Path, clock: Clock, admission: Admission) -> Iterator[Finding]:
@@ -53,9 +54,10 @@ def findings(path: Path, state: Path, clock: Clock, admission: Admission) -> Ite
     yield examine("certificate", lambda: _certificate(member, clock))
     yield examine("roster", lambda: _roster(member, clock))
     address = home.settings.coordinator or member.token.link_address
-    yield (network := examine("network", lambda: _reachable(address)))
+    proxy = proxy_for(address, home.settings.proxy, os.environ)
+    yield (network := examine("network", lambda: _reachable(address, proxy)))
     if network.state == "ok":
-        yield examine("coordinator", lambda: _admitted(address, member, clock, admission))
+        yield examine("coordinator", lambda: _admitted(address, member, home, clock, admission))
     yield (database := examine("database", lambda: _database(home, clock)))
     if database.state != "ok":
         return
@@ -123,7 +125,7 @@ def _membership(home: SiteHome) -> str:
 
 
 def _certificate(member: Membership, clock: Clock) -> str:
-    advice = "ask the operator for a token of `foedus site rotate`"
+    advice = "the daemon renews it over the enrolment port; if it says why it cannot, ask the operator"
     return lasts("This site's certificate", member.certificate_ends(), clock.now(), soon_days=30, advice=advice)
 
 
@@ -138,26 +140,30 @@ def _roster(member: Membership, clock: Clock) -> str:
 # --- The coordinator, one step after the other ---
 
 
-def _reachable(address: str) -> str:
-    """Raises LocalError when no connection can be made at all, and says at which step."""
-    host, _, port = address.rpartition(":")
+def _reachable(address: str, proxy: str) -> str:
+    """Raises LocalError when no connection can be made at all, and says at which step. proxy: "host:port", or ""."""
+    host, _, port = (proxy or address).rpartition(":")
+    whom = "whoever runs the proxy" if proxy else "the operator"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except socket.gaierror:
-        raise LocalError(f"The name {host} does not resolve; ask the operator whether it is right.") from None
+        raise LocalError(f"The name {host} does not resolve; ask {whom} whether it is right.") from None
     except TimeoutError:
-        raise LocalError(f"{address} does not answer; let outgoing connections to it through the firewall.") from None
+        raise LocalError(
+            f"{host}:{port} does not answer; let outgoing connections to it through the firewall."
+        ) from None
     except ConnectionRefusedError:
-        raise LocalError(f"Nothing listens at {address}; ask the operator whether `foedus up` is running.") from None
+        running = "whether it is up" if proxy else "whether `foedus up` is running"
+        raise LocalError(f"Nothing listens at {host}:{port}; ask {whom} {running}.") from None
     except OSError as error:
-        raise LocalError(f"{address}: {error.strerror}; look after this machine's own network.") from None
-    return f"{address} answers."
+        raise LocalError(f"{host}:{port}: {error.strerror}; look after this machine's own network.") from None
+    return f"The proxy {proxy} answers." if proxy else f"{address} answers."
 
 
-def _admitted(address: str, member: Membership, clock: Clock, admission: Admission) -> str:
+def _admitted(address: str, member: Membership, home: SiteHome, clock: Clock, admission: Admission) -> str:
     """Raises LocalError when the coordinator is not trusted, does not let this site in, or lives in another time."""
     try:
-        theirs = admission(address, member.tls())
+        theirs = admission(address, home.trusting(member.tls()), home.settings.proxy)
     except LocalError as error:
         raise LocalError(f"{error} At the coordinator `foedus doctor` and `foedus site list` say more.") from None
     ahead = clock.now() - theirs

@@ -1,9 +1,10 @@
 """How this site joins, and the folder that holds what makes it a member: `identity/` in the site's home.
 
-    token           what it joined by: addresses, authority, root; the secret in it is bound to these keys
+    token           what it joined by: addresses, first authority, root; the secret in it is bound to these keys
     identity.key    signs what the site says in a round
     tls.key, tls.crt    open the link
-    request         what was sent to enrol; sent again, it brings a newer certificate and roster
+    request         what was sent to enrol; sent again, it brings newer certificates and a newer roster
+    authorities     who may sign what the coordinator shows
     roster          the newest roster seen, under the root's signature
 
 While a site waits to be approved the same files are in `joining/`; one rename makes it a member. Every file has mode
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from foedus_common.certificates import (
+    MAX_CERTIFICATE_BYTES,
     generate_tls_key,
     parse_certificate,
     pem,
@@ -31,6 +33,7 @@ from foedus_common.certificates import (
 )
 from foedus_common.clock import Clock
 from foedus_common.enrolment import (
+    MAX_AUTHORITIES,
     MAX_REQUEST_BYTES,
     MAX_TOKEN_CHARACTERS,
     Approved,
@@ -118,6 +121,7 @@ class Membership:
         self.key: Ed25519PrivateKey = read_key(self._folder / "identity.key")
         self._tls_key = read_tls_key(self._folder / "tls.key")
         self._certificate = read_certificate(self._folder / "tls.crt")
+        self._authorities = _read_authorities(self._folder, self.token)
         self._request = _read_request(self._folder)
 
     @property
@@ -142,7 +146,15 @@ class Membership:
         """What the link shows and trusts."""
         with self._lock:
             shown = self._certificate.public_bytes(Encoding.PEM)
-        return TlsIdentity(shown, tls_key_pem(self._tls_key), self.token.authority_pem)
+            return TlsIdentity(shown, tls_key_pem(self._tls_key), self._authorities)
+
+    @property
+    def superseded(self) -> bool:
+        """Whether `join` has put newer keys into the folder since this was read from it."""
+        try:
+            return _read_token(self._folder) != self.token
+        except LocalError:  # `join` is at its two renames
+            return False
 
     def certificate_ends(self) -> float:
         """Unix seconds."""
@@ -169,7 +181,7 @@ class Membership:
         return roster
 
     def renew(self, call: Call, clock: Clock) -> None:
-        """Fetch the current certificate and roster; a certificate near its end comes back renewed.
+        """Fetch what holds now: roster, authorities, and the certificate, which comes back renewed if it nears its end.
 
         Raises:
             LocalError: the coordinator refused, or waits for a new roster.
@@ -181,6 +193,7 @@ class Membership:
         with self._lock:
             _accept(self._folder, self.token, approved, clock.now(), self.roster_epoch)
             self._certificate = parse_certificate(approved.certificate)
+            self._authorities = _pems(approved.authorities)
 
     def _stored_roster(self, now: float) -> Roster:
         signed = read_private(self._folder / "roster", MAX_ROSTER_BYTES + SIGNATURE_BYTES)
@@ -215,11 +228,23 @@ def _accept(folder: Path, token: Token, approved: Approved, now: float, highest_
     key, tls_key = read_key(folder / "identity.key"), read_tls_key(folder / "tls.key")
     approved.verify(token, public_bytes(key), tls_key, now=now, highest_epoch=highest_epoch)
     replace_private(folder / "roster", approved.signed_roster)
+    replace_private(folder / "authorities", _pems(approved.authorities))
     replace_private(folder / "tls.crt", pem(approved.certificate))
+
+
+def _pems(certificates: Sequence[bytes]) -> bytes:
+    return b"".join(map(pem, certificates))
 
 
 def _read_token(folder: Path) -> Token:
     return decode_token(read_private(folder / "token", MAX_TOKEN_CHARACTERS).decode())
+
+
+def _read_authorities(folder: Path, token: Token) -> bytes:
+    """PEM, one after the other; the token's until the coordinator has named others."""
+    if not (folder / "authorities").exists():
+        return token.authority_pem
+    return read_private(folder / "authorities", MAX_AUTHORITIES * 2 * MAX_CERTIFICATE_BYTES)
 
 
 def _read_request(folder: Path) -> EnrolRequest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import traceback
 from collections import OrderedDict
@@ -29,7 +30,6 @@ from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.contents import body_of, content_of, message_of
 from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
-    CHANNEL_OPTIONS,
     CLOCK_KEY,
     COORDINATOR_NODE,
     DEFAULT_TIMING,
@@ -38,7 +38,9 @@ from foedus_common.link.transport import (
     PROTOCOL_VERSION,
     Timing,
     TlsIdentity,
+    channel_options,
     node_id,
+    proxy_for,
 )
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.randomness import RandomBytes, system_random
@@ -78,6 +80,7 @@ class SiteLink:
         address: str,
         tls: TlsIdentity,
         objects: ObjectStore,
+        proxy: str = "",
         on_state: Callable[[LinkState, str], None] = lambda state, sentence: None,
         max_object_bytes: int = 4 << 30,
         patience: float = 120.0,
@@ -87,6 +90,8 @@ class SiteLink:
         self._node = node_id(site)
         self._address = address
         self._credentials = grpc.ssl_channel_credentials(tls.authority, tls.private_key, tls.certificate)
+        self._options = channel_options(proxy)
+        self._route = _route(address, proxy)
         self._objects = objects
         self._on_state = on_state
         self._max_object_bytes = max_object_bytes
@@ -171,7 +176,7 @@ class SiteLink:
         return task
 
     def _channel(self) -> grpc.aio.Channel:
-        return grpc.aio.secure_channel(self._address, self._credentials, CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(self._address, self._credentials, self._options)
 
     async def _stay_connected(self) -> None:
         self._tell(LinkState.CONNECTING, f"Connecting to the coordinator at {self._address}.")
@@ -184,7 +189,7 @@ class SiteLink:
                     await self._converse(channel)
                 self._tell(LinkState.AWAY, f"The coordinator at {self._address} is stopping; waiting for it.")
             except grpc.aio.AioRpcError as error:
-                self._tell(*explain(error, self._address))
+                self._tell(*explain(error, self._route))
             except TimeoutError:
                 self._tell(LinkState.AWAY, f"The coordinator at {self._address} fell silent; trying again.")
             except Exception as error:
@@ -318,23 +323,25 @@ def _answered(reply: Message) -> bytes:
     return body
 
 
-def enrol(address: str, authority: bytes, body: bytes) -> bytes:
+def enrol(address: str, authority: bytes, body: bytes, proxy: str = "") -> bytes:
     """Hand an enrolment request to the coordinator and give its answer; `authority` (PEM) is the CA it must show.
+
+    proxy: as for `transport.channel_options`.
 
     Raises:
         LocalError: the coordinator cannot be reached, cannot be trusted, or refused; the sentence says which.
     """
     if len(body) > MAX_ENROL_BODY:
         raise LocalError(f"An enrolment request of {len(body)} bytes is above {MAX_ENROL_BODY}.")
-    with grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), CHANNEL_OPTIONS) as channel:
+    with grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), channel_options(proxy)) as channel:
         try:
             answer = pb_grpc.EnrolmentStub(channel).Enrol(pb.EnrolRequest(body=body), timeout=_ENROL_SECONDS)
         except grpc.RpcError as error:
-            raise LocalError(explain(error, address)[1]) from None
+            raise LocalError(explain(error, _route(address, proxy))[1]) from None
     return bytes(answer.body)
 
 
-def admission(address: str, tls: TlsIdentity) -> float:
+def admission(address: str, tls: TlsIdentity, proxy: str = "") -> float:
     """Ask the coordinator whether it lets this site in, without a word about any run; gives its clock in Unix seconds.
 
     A daemon that is connected meanwhile notices nothing. The question is for an object that nobody has: who is told so
@@ -345,18 +352,24 @@ def admission(address: str, tls: TlsIdentity) -> float:
             which.
     """
     credentials = grpc.ssl_channel_credentials(tls.authority, tls.private_key, tls.certificate)
-    with grpc.secure_channel(address, credentials, CHANNEL_OPTIONS) as channel:
+    with grpc.secure_channel(address, credentials, channel_options(proxy)) as channel:
         try:
             pb_grpc.LinkStub(channel).Stat(pb.Object(), timeout=_ADMISSION_SECONDS)
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise LocalError(explain(error, address)[1]) from None
+                raise LocalError(explain(error, _route(address, proxy))[1]) from None
             told = dict(error.trailing_metadata())
             if CLOCK_KEY in told:
                 return float(told[CLOCK_KEY])
     raise LocalError(
         f"What answers at {address} is no coordinator of this release; install the same one on both sides."
     )
+
+
+def _route(address: str, proxy: str) -> str:
+    """The way to the coordinator, as sentences name it."""
+    between = proxy_for(address, proxy, os.environ)
+    return f"{address}, through the proxy {between}," if between else address
 
 
 _SAID_BY_COORDINATOR = {
@@ -382,12 +395,12 @@ _SAID_BY_GRPC = [
 ]
 
 
-def explain(error: grpc.RpcError, address: str) -> tuple[LinkState, str]:
+def explain(error: grpc.RpcError, route: str) -> tuple[LinkState, str]:
     """What a failed call means, in one sentence for a person."""
     details = error.details() or ""
     if error.code() in _SAID_BY_COORDINATOR:
         return LinkState.REFUSED, details
     for mark, state, meaning in _SAID_BY_GRPC:
         if mark in details:
-            return state, f"The coordinator at {address} {meaning}."
-    return LinkState.AWAY, f"The coordinator at {address} cannot be reached ({error.code().name.lower()})."
+            return state, f"The coordinator at {route} {meaning}."
+    return LinkState.AWAY, f"The coordinator at {route} cannot be reached ({error.code().name.lower()})."

@@ -123,6 +123,23 @@ def read_certificate(path: Path) -> x509.Certificate:
         raise LocalError(f"{path} holds no certificate in PEM.") from None
 
 
+def read_authorities(path: Path) -> bytes:
+    """The certificates of a bundle, PEM, and nothing else that the file may hold.
+
+    Raises LocalError when it is missing, holds no certificate, or one that is no certificate authority's.
+    """
+    try:
+        found = x509.load_pem_x509_certificates(path.read_bytes())
+        constraints = [each.extensions.get_extension_for_class(x509.BasicConstraints).value for each in found]
+    except OSError as error:
+        raise LocalError(f"{path} cannot be read: {error.strerror}.") from None
+    except (*_MALFORMED, x509.ExtensionNotFound):
+        constraints = []
+    if not constraints or not all(each.ca for each in constraints):
+        raise LocalError(f"{path} holds something else than certificates of authorities in PEM.")
+    return b"".join(each.public_bytes(Encoding.PEM) for each in found)
+
+
 def lasts_for(certificate: x509.Certificate, hosts: Sequence[str], seconds: float, now: float) -> bool:
     """Whether a server's certificate is for exactly these hosts and stays valid for so many seconds."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -173,9 +190,10 @@ class Authority:
     key: ec.EllipticCurvePrivateKey
 
     @classmethod
-    def create(cls, federation: str, random: RandomBytes, now: float) -> Authority:
+    def create(cls, federation: str, random: RandomBytes, now: float, number: int = 1) -> Authority:
+        """number: counts a federation's authorities, so that no two have the same name."""
         key = generate_tls_key(random)
-        subject = _subject(f"{federation} Foedus CA")
+        subject = _subject(f"{federation} Foedus CA{f' {number}' if number > 1 else ''}")
         usage = _usage(key_cert_sign=True, crl_sign=True)
         certificate = (
             _builder(subject, subject, key.public_key(), AUTHORITY_DAYS, random, now)
@@ -188,6 +206,10 @@ class Authority:
     @property
     def der(self) -> bytes:
         return self.certificate.public_bytes(Encoding.DER)
+
+    @property
+    def sha256(self) -> bytes:
+        return fingerprint_of(self.der)
 
     def issue_server(
         self, hosts: Sequence[str], key: ec.EllipticCurvePublicKey, random: RandomBytes, now: float
@@ -225,20 +247,27 @@ class Authority:
         return certificate.public_bytes(Encoding.DER)
 
 
+def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether the authority's key signed the certificate, in the authority's name."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (*_MALFORMED, InvalidSignature):
+        return False
+    return True
+
+
 def check_site_certificate(
-    certificate_der: bytes, authority_der: bytes, name: str, key: ec.EllipticCurvePublicKey, now: float
+    certificate_der: bytes, authorities: Sequence[bytes], name: str, key: ec.EllipticCurvePublicKey, now: float
 ) -> x509.Certificate:
-    """What a site checks of the certificate it was given.
+    """What a site checks of the certificate it was given. authorities: those that may have signed it, DER.
 
     Raises:
         RemoteError: BAD_SIGNATURE when another authority signed it; BAD_MESSAGE when it names another site, is for
             another key, or is not valid now.
     """
     certificate = parse_certificate(certificate_der)
-    try:
-        certificate.verify_directly_issued_by(parse_certificate(authority_der))
-    except (*_MALFORMED, InvalidSignature):
-        raise RemoteError(Reason.BAD_SIGNATURE, "the certificate is not signed by the token's authority.") from None
+    if not any(issued_by(certificate, parse_certificate(authority)) for authority in authorities):
+        raise RemoteError(Reason.BAD_SIGNATURE, "the certificate is not signed by the federation's authority.")
     if site_of(certificate) != name:
         raise RemoteError(Reason.BAD_MESSAGE, "the certificate names another site.")
     if certificate.public_key() != key:

@@ -46,7 +46,8 @@ MAX_TOKEN_HOURS = 24
 MAX_TOKEN_CHARACTERS = 4_096
 MAX_REQUEST_BYTES = 8_192
 MAX_REASON_CHARACTERS = 400
-MAX_REPLY_BYTES = MAX_ROSTER_BYTES + SIGNATURE_BYTES + MAX_CERTIFICATE_BYTES + 64
+MAX_AUTHORITIES = 3
+MAX_REPLY_BYTES = MAX_ROSTER_BYTES + SIGNATURE_BYTES + (1 + MAX_AUTHORITIES) * MAX_CERTIFICATE_BYTES + 64
 _CHECKSUM_BYTES = 4
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]{1,253}):([0-9]{1,5})")
 
@@ -209,10 +210,13 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Approved:
-    """The site's certificate (DER) and the signed roster (bytes of a SignedRoster) that lists it."""
+    """The site's certificate (DER), the signed roster (bytes of a SignedRoster) that lists it, and the authorities
+    (DER) that may sign what the coordinator shows from now on. Those are believed because the answer came from a
+    coordinator that an authority before them vouched for."""
 
     certificate: bytes
     signed_roster: bytes
+    authorities: tuple[bytes, ...]
 
     def verify(
         self, token: Token, public_key: bytes, tls_key: EllipticCurvePrivateKey, *, now: float, highest_epoch: int
@@ -223,7 +227,7 @@ class Approved:
             RemoteError: BAD_SIGNATURE, BAD_MESSAGE, ROSTER_STALE, or UNKNOWN_SITE when the roster lists the site not
                 at all, or with another key or organisation.
         """
-        check_site_certificate(self.certificate, token.authority, token.name, tls_key.public_key(), now)
+        check_site_certificate(self.certificate, self.authorities, token.name, tls_key.public_key(), now)
         signed = SignedRoster.from_bytes(self.signed_roster)
         roster = signed.verify(token.root_public_key, now=now, highest_epoch=highest_epoch)
         listed = roster.site(token.name)
@@ -248,8 +252,8 @@ def reply_to_bytes(reply: EnrolReply) -> bytes:
     match reply:
         case Waiting():
             return enc("waiting")
-        case Approved(certificate, signed_roster):
-            return enc("approved", certificate, signed_roster)
+        case Approved(certificate, signed_roster, authorities):
+            return enc("approved", certificate, signed_roster, enc(*authorities))
         case Refused(reason):
             return enc("refused", reason)
 
@@ -262,8 +266,11 @@ def reply_from_bytes(data: bytes) -> EnrolReply:
         match unenc(data):
             case (b"waiting",):
                 return Waiting()
-            case (b"approved", certificate, signed_roster):
-                return Approved(certificate, signed_roster)
+            case (b"approved", certificate, signed_roster, listed):
+                authorities = unenc(listed)
+                if not 1 <= len(authorities) <= MAX_AUTHORITIES:
+                    raise ValueError
+                return Approved(certificate, signed_roster, authorities)
             case (b"refused", reason):
                 text = reason.decode()
                 if len(text) > MAX_REASON_CHARACTERS or not text.isprintable():

@@ -48,11 +48,13 @@ app = typer.Typer(
 )
 root_app = typer.Typer(no_args_is_help=True, help="The consortium's root key, on the machine that is kept offline.")
 site_app = typer.Typer(no_args_is_help=True, help="Who belongs to the federation.")
+authority_app = typer.Typer(no_args_is_help=True, help="Who signs the certificates that open the link.")
 roster_app = typer.Typer(no_args_is_help=True, help="The list of members that the root signs.")
 audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened here.")
 for name, group in {
     "root": root_app,
     "site": site_app,
+    "authority": authority_app,
     "roster": roster_app,
     "model": model_app,
     "plan": plan_app,
@@ -281,6 +283,37 @@ def site_revoke(context: typer.Context, name: SiteName, as_json: Json = False) -
 def _with_root_key(context: typer.Context) -> str:
     """What `roster sign` has to be given besides, unless the key lies in the home."""
     return "" if config.Home.open(context.obj).demonstration else " --root-key FILE"
+
+
+@authority_app.command("list")
+def authority_list(context: typer.Context, as_json: Json = False) -> None:
+    """Show the authorities, which one signed what sites are shown, and for whom a new one waits."""
+    acting = registry(context).authorities
+    shown, home = acting.shown.der, config.Home.open(context.obj)
+    rows = [
+        {
+            "authority": each.certificate.subject.rfc4514_string(),
+            "ends": iso(each.certificate.not_valid_after_utc.timestamp()),
+            "shown": each.der == shown,
+        }
+        for each in home.authorities()
+    ]
+    if as_json:
+        return print_json({"authorities": rows, "waits_for": acting.lacking()})
+    print_table(["authority", "ends", "shown to sites"], [list(row.values()) for row in rows], "")
+    if waits_for := acting.lacking():
+        console.print(f"The newest is shown when these have had a certificate of it for a week: {', '.join(waits_for)}")
+
+
+@authority_app.command("rotate")
+def authority_rotate(context: typer.Context, as_json: Json = False) -> None:
+    """Make the next certificate authority. Sites take it up by themselves; then it replaces the one before."""
+    made = registry(context).authorities.rotate()
+    facts = {"authority": made.certificate.subject.rfc4514_string(), "sha256": made.sha256.hex()}
+    if as_json:
+        return print_json(facts)
+    print_facts(facts)
+    console.print("Keep `foedus up` running: within a day sites trust it, and after a week it is shown to them.")
 
 
 @roster_app.command("draft")

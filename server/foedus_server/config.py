@@ -1,7 +1,7 @@
 """The operator's home folder: settings, keys, certificates and where everything else lies.
 
     foedus.toml     settings, for people to edit
-    authority.crt, authority.key     the certificate authority of the link
+    authority.crt, authority.key     the certificate authority of the link; authority-2 is the next one
     server.crt, server.key           the coordinator's certificate, renewed by itself
     plan.key        signs plans; its public half is in the roster
     root.pub        the consortium's root; root.key lies beside it in a demonstration only
@@ -26,6 +26,7 @@ from foedus_common.certificates import (
     DAY,
     Authority,
     generate_tls_key,
+    issued_by,
     lasts_for,
     pem,
     read_certificate,
@@ -37,7 +38,7 @@ from foedus_common.enrolment import check_address
 from foedus_common.errors import LocalError
 from foedus_common.identity import generate_key, public_bytes, public_pem, read_key, read_public_key, write_key
 from foedus_common.link.transport import TlsIdentity
-from foedus_common.private_files import create_private, private_folder, replace_private
+from foedus_common.private_files import create_private, private_folder, read_private, replace_private
 from foedus_common.randomness import RandomBytes
 from foedus_common.tables import parse, read_toml
 from foedus_server.store import Store
@@ -49,11 +50,21 @@ RENEW_DAYS = 30
 
 @dataclass(frozen=True)
 class Link:
-    """Where the coordinator listens for sites: certificates on `port`, tokens on `enrolment_port`."""
+    """Where the coordinator listens for sites: certificates on `port`, tokens on `enrolment_port`.
+
+    certificate, certificate_key: PEM files to show instead of a certificate of the home's own authority; sites then
+    need `authorities` in their settings. "" for the home's own.
+    """
 
     listen: str = "127.0.0.1"
     port: int = 8443
     enrolment_port: int = 8444
+    certificate: str = ""
+    certificate_key: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.certificate) != bool(self.certificate_key):
+            raise LocalError("[link] certificate and certificate_key belong together; give both or neither.")
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,9 @@ class Settings:
             f"[link]\n"
             f"listen = {json.dumps(self.link.listen)}\n"
             f"port = {self.link.port}\n"
-            f"enrolment_port = {self.link.enrolment_port}\n\n"
+            f"enrolment_port = {self.link.enrolment_port}\n"
+            f"certificate = {json.dumps(self.link.certificate)}  # PEM file to show; empty: of this home's authority\n"
+            f"certificate_key = {json.dumps(self.link.certificate_key)}\n\n"
             f"[patience]\n"
             f"stage_seconds = {self.patience.stage_seconds}  # for the answers of one cryptographic stage\n"
             f"absent_seconds = {self.patience.absent_seconds}  # in training, for a site that is away\n"
@@ -153,8 +166,42 @@ class Home:
     def store(self, clock: Clock) -> Store:
         return Store.open(_database_url(self.path, self.settings), clock)
 
-    def authority(self) -> Authority:
-        return Authority(read_certificate(self.path / "authority.crt"), read_tls_key(self.path / "authority.key"))
+    def authorities(self) -> tuple[Authority, ...]:
+        """Oldest first; the last one signs sites' certificates."""
+        count = len(list(self.path.glob("authority*.crt")))
+        return tuple(map(self._authority, range(1, count + 1)))
+
+    def shown_authority(self) -> Authority:
+        """The one that signed what the link shows; the oldest while it has shown nothing."""
+        known, shown = self.authorities(), self.path / "server.crt"
+        if not shown.exists():
+            return known[0]
+        certificate = read_certificate(shown)
+        return next((each for each in known if issued_by(certificate, each.certificate)), known[0])
+
+    def _given_certificate(self) -> tuple[bytes, bytes]:
+        """What foedus.toml says is to be shown, and its key, PEM. Raises LocalError when either cannot be used."""
+        link = self.settings.link
+        chain, key = self.path / link.certificate, self.path / link.certificate_key
+        read_certificate(chain)
+        return chain.read_bytes(), read_private(key, 1 << 16)
+
+    def authorities_since(self, first: Authority) -> tuple[bytes, ...]:
+        """DER of `first` and those made after it."""
+        known = [each.der for each in self.authorities()]
+        return tuple(known[known.index(first.der) :])
+
+    def add_authority(self, random: RandomBytes, clock: Clock) -> Authority:
+        """Make the next authority's key and certificate."""
+        number = len(self.authorities()) + 1
+        authority = Authority.create(self.settings.federation, random, clock.now(), number)
+        replace_private(self.path / f"{_authority_name(number)}.key", tls_key_pem(authority.key))
+        create_private(self.path / f"{_authority_name(number)}.crt", pem(authority.der))  # last: it counts from here on
+        return authority
+
+    def _authority(self, number: int) -> Authority:
+        stem = self.path / _authority_name(number)
+        return Authority(read_certificate(stem.with_suffix(".crt")), read_tls_key(stem.with_suffix(".key")))
 
     def plan_key(self) -> Ed25519PrivateKey:
         return read_key(self.path / "plan.key")
@@ -168,14 +215,22 @@ class Home:
             raise LocalError("The root key is not on this machine; give its file with --root-key.")
         return read_key(self.path / "root.key")
 
-    def tls(self, random: RandomBytes, clock: Clock) -> TlsIdentity:
-        """What the link shows to sites. The certificate is issued anew when it nears its end or `host` was changed."""
-        key, authority, now = read_tls_key(self.path / "server.key"), self.authority(), clock.now()
-        shown = self.path / "server.crt"
-        hosts = _hosts(self.settings)
-        if not shown.exists() or not lasts_for(read_certificate(shown), hosts, RENEW_DAYS * DAY, now):
-            replace_private(shown, pem(authority.issue_server(hosts, key.public_key(), random, now)))
-        return TlsIdentity(shown.read_bytes(), tls_key_pem(key), pem(authority.der))
+    def tls(self, random: RandomBytes, clock: Clock, by: Authority | None = None) -> TlsIdentity:
+        """What the link shows to sites, and trusts of them. The certificate is issued anew when it nears its end, when
+        `host` was changed, or when another authority than the one before is to sign it (`by`)."""
+        key, now = read_tls_key(self.path / "server.key"), clock.now()
+        shown, hosts = self.path / "server.crt", _hosts(self.settings)
+        by = by or self.shown_authority()
+        if (
+            not shown.exists()
+            or not lasts_for(read_certificate(shown), hosts, RENEW_DAYS * DAY, now)
+            or not issued_by(read_certificate(shown), by.certificate)
+        ):
+            replace_private(shown, pem(by.issue_server(hosts, key.public_key(), random, now)))
+        trusted = b"".join(map(pem, self.authorities_since(by)))
+        if self.settings.link.certificate:
+            return TlsIdentity(*self._given_certificate(), trusted)
+        return TlsIdentity(shown.read_bytes(), tls_key_pem(key), trusted)
 
 
 def init(
@@ -225,6 +280,10 @@ def create_root_key(path: Path, random: RandomBytes) -> bytes:
     key = generate_key(random)
     write_key(path, key)
     return public_bytes(key)
+
+
+def _authority_name(number: int) -> str:
+    return "authority" if number == 1 else f"authority-{number}"
 
 
 def _database_url(home: Path, settings: Settings) -> str:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from foedus_common import journal
 from foedus_common.certificates import read_certificate
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
-from foedus_common.clock import Clock
+from foedus_common.clock import Clock, iso
 from foedus_common.errors import LocalError
 from foedus_common.identity import SignedRoster
 from foedus_common.model_folder import manifest_sha256
@@ -76,17 +76,21 @@ def _root_key(home: Home) -> str:
 
 
 def _authority(home: Home, clock: Clock) -> str:
-    ends = home.authority().certificate.not_valid_after_utc.timestamp()
-    advice = "make a new home and let the sites join it"
+    ends = home.shown_authority().certificate.not_valid_after_utc.timestamp()
+    if clock.now() > ends:
+        raise LocalError(
+            f"The link's certificate authority ended on {iso(ends)}; make a new home for the sites to join."
+        )
+    advice = "make the next one with `foedus authority rotate`, well"
     return lasts("The link's certificate authority", ends, clock.now(), soon_days=365, advice=advice)
 
 
 def _certificate(home: Home, clock: Clock) -> str:
-    shown = home.path / "server.crt"
+    shown = home.path / (home.settings.link.certificate or "server.crt")
     if not shown.exists():
         return "`foedus up` issues it at its first start."
     ends = read_certificate(shown).not_valid_after_utc.timestamp()
-    advice = "start `foedus up` anew, which renews it"
+    advice = "have it renewed" if home.settings.link.certificate else "keep `foedus up` running, which renews it"
     return lasts("What sites are shown", ends, clock.now(), soon_days=14, advice=advice)
 
 
@@ -119,7 +123,9 @@ def _is_ours(home: Home, listen: str, port: int) -> bool:
             shown = secured.getpeercert(binary_form=True)
     except OSError:
         return False
-    return shown == read_certificate(home.path / "server.crt").public_bytes(Encoding.DER)
+    return shown == read_certificate(home.path / (home.settings.link.certificate or "server.crt")).public_bytes(
+        Encoding.DER
+    )
 
 
 def _software() -> str:

@@ -55,7 +55,8 @@ class LinkServer:
 
     `directory` says which certificate may speak for which site; `objects` holds what sites may download; uploads lie
     below `uploads`, per run and site. `enrol` answers an enrolment request, or raises a `FoedusError` whose sentence
-    the caller sees. Addresses are `host:port`; port 0 takes a free one.
+    the caller sees. `not_admitted(site, sha256)` is told of each certificate that passed the handshake and is not in
+    the directory. Addresses are `host:port`; port 0 takes a free one.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class LinkServer:
         objects: ObjectStore,
         uploads: Path,
         enrol: Callable[[bytes], bytes],
+        not_admitted: Callable[[str, bytes], None] = lambda site, sha256: None,
         clock: Clock | None = None,
         random: RandomBytes = system_random,
         timing: Timing = DEFAULT_TIMING,
@@ -82,7 +84,7 @@ class LinkServer:
         self._stopped = False
         self._grids: dict[int, SiteGrid] = {}
         self._files: dict[int, RunFiles] = {}
-        self._service = LinkService(directory, self.mailbox, objects, self._files, timing, self.clock)
+        self._service = LinkService(directory, self.mailbox, objects, self._files, timing, self.clock, not_admitted)
         self._enrolment = EnrolmentService(enrol, RateLimit(self.clock))
         self._servers: list[grpc.aio.Server] = []
 
@@ -93,6 +95,10 @@ class LinkServer:
             LocalError: a port is in use, or cannot be listened on.
         """
         on_loop(self._listen()).result()
+
+    def show(self, tls: TlsIdentity) -> None:
+        """New connections are shown this, and have to be signed by one of its authorities; those that are up go on."""
+        self._tls = tls
 
     def drain_and_stop(self, grace: float = 5.0) -> None:
         """Wake the runs' threads with `LinkStopping`, say goodbye to the sites, then stop.
@@ -134,17 +140,24 @@ class LinkServer:
         on_loop(self._service.end_stream(site, not_admitted())).result()
 
     async def _listen(self) -> None:
-        pair = [(self._tls.private_key, self._tls.certificate)]
         link = grpc.aio.server(options=SERVER_OPTIONS)
         enrolment = grpc.aio.server(options=ENROLMENT_OPTIONS, maximum_concurrent_rpcs=8)
         pb_grpc.add_LinkServicer_to_server(self._service, link)
         pb_grpc.add_EnrolmentServicer_to_server(self._enrolment, enrolment)
-        mutual = grpc.ssl_server_credentials(pair, self._tls.authority, require_client_auth=True)
-        self.address = _bind(link, self.address, mutual)
-        self.enrol_address = _bind(enrolment, self.enrol_address, grpc.ssl_server_credentials(pair))
+        self.address = _bind(link, self.address, self._credentials(require_client_authentication=True))
+        self.enrol_address = _bind(enrolment, self.enrol_address, self._credentials(False))
         await link.start()
         await enrolment.start()
         self._servers = [link, enrolment]
+
+    def _credentials(self, require_client_authentication: bool) -> grpc.ServerCredentials:
+        """Asked for what to show at every handshake."""
+
+        def shown() -> grpc.ServerCertificateConfiguration:
+            pair = [(self._tls.private_key, self._tls.certificate)]
+            return grpc.ssl_server_certificate_configuration(pair, self._tls.authority)
+
+        return grpc.dynamic_ssl_server_credentials(shown(), shown, require_client_authentication)
 
     async def _close(self, grace: float) -> None:
         # Streams first: `stop` would wait for them through the whole grace.

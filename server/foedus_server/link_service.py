@@ -131,7 +131,9 @@ class LinkService:
         runs: dict[int, RunFiles],
         timing: Timing,
         clock: Clock,
+        not_admitted: Callable[[str, bytes], None],
     ) -> None:
+        self._note_not_admitted = not_admitted
         self._directory = directory
         self._mailbox = mailbox
         self._objects = objects
@@ -154,7 +156,7 @@ class LinkService:
 
     async def Control(self, _: object, context: Context) -> None:  # noqa: N802
         async with _refusals(context):
-            peer = self._admit(context)
+            peer = await self._admit(context)
             await self._greet(context)
             await self.end_stream(peer.site, Refusal(grpc.StatusCode.ABORTED, "A newer connection took over."))
             stream = self._streams[peer.site] = ControlStream(peer)
@@ -214,14 +216,14 @@ class LinkService:
 
     async def Stat(self, wanted: pb.Object, context: Context) -> pb.StatReply:  # noqa: N802
         async with _refusals(context):
-            peer = self._admit(context)
+            peer = await self._admit(context)
             run, ref = self._run_uploaded_to(peer, wanted)
             received, whole = run.received(peer.site, ref)
             return pb.StatReply(received=received, whole=whole)
 
     async def Push(self, _: object, context: Context) -> pb.PushReply:  # noqa: N802
         async with _refusals(context):
-            peer = self._admit(context)
+            peer = await self._admit(context)
             header = (await self._next_part(context)).header
             run, ref = self._run_uploaded_to(peer, header.object)
             with run.receive(peer.site, ref) as partial:
@@ -238,7 +240,7 @@ class LinkService:
 
     async def Pull(self, wanted: pb.PullRequest, context: Context) -> None:  # noqa: N802
         async with _refusals(context):
-            peer = self._admit(context)
+            peer = await self._admit(context)
             ref = ObjectRef(wanted.object.sha256, wanted.object.size)
             run = self._runs.get(wanted.object.run_id)
             if run is None or not run.may_download(peer.site, ref) or not self._objects.has(ref):
@@ -265,11 +267,13 @@ class LinkService:
 
     # Admission
 
-    def _admit(self, context: Context) -> Peer:
+    async def _admit(self, context: Context) -> Peer:
         peer = peer_of(context)
         if peer is None:
             raise not_admitted()
-        self._check(peer)
+        if not self._directory.site_for(peer.site, peer.certificate_sha256):
+            await asyncio.to_thread(self._note_not_admitted, peer.site, peer.certificate_sha256)
+            raise not_admitted()
         context.set_trailing_metadata(((CLOCK_KEY, f"{self._clock.now():.3f}"),))
         return peer
 

@@ -8,10 +8,11 @@ roster that lists it. Only then does the site get a certificate. Knows no transp
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from foedus_common.certificates import DAY, Authority, check_request, fingerprint_of, parse_certificate
+from foedus_common.certificates import DAY, check_request, fingerprint_of, issued_by, parse_certificate
 from foedus_common.clock import Clock
 from foedus_common.enrolment import (
     MAX_TOKEN_HOURS,
@@ -28,6 +29,7 @@ from foedus_common.enrolment import (
 from foedus_common.errors import LocalError, RemoteError
 from foedus_common.identity import Roster, RosterSite, SignedRoster, check_org, check_site_name, public_bytes
 from foedus_common.randomness import RandomBytes
+from foedus_server.authorities import Authorities
 from foedus_server.config import Home
 from foedus_server.store import Certificate, Site, Store, TokenUse
 
@@ -37,6 +39,7 @@ RENEW_SITE_DAYS = 30
 DIRECTORY_SECONDS = 0.25
 REFUSALS_LOGGED_EVERY = 60.0
 """Seconds. Strangers can knock as often as they like; the journal must not grow with it."""
+REFUSALS_KEPT = 256
 
 
 class Registry:
@@ -44,7 +47,7 @@ class Registry:
 
     def __init__(self, home: Home, store: Store, clock: Clock, random: RandomBytes) -> None:
         self._settings = home.settings
-        self._authority: Authority = home.authority()
+        self.authorities = Authorities(home, store, clock, random)
         self._root_public_key = home.root_public_key()
         self._plan_public_key = public_bytes(home.plan_key())
         self._store = store
@@ -155,8 +158,12 @@ class Registry:
         what the stranger sent: a refusal is an answer too, and is journalled."""
         reply = self._answer(body)
         if isinstance(reply, Refused):
-            self._refusals.note(reply.reason)
+            self._refusals.note("enrolment.refused", reason=reply.reason)
         return reply_to_bytes(reply)
+
+    def note_not_admitted(self, site: str, certificate_sha256: bytes) -> None:
+        """A certificate of our authority that is not, or no longer, good for `site` knocked at the link: journal it."""
+        self._refusals.note("link.refused", site=site, sha256=certificate_sha256.hex())
 
     def _answer(self, body: bytes) -> EnrolReply:
         try:
@@ -191,7 +198,7 @@ class Registry:
         certificate = self._certificate(site) if listed else None
         if signed is None or certificate is None:
             return Waiting()
-        return Approved(certificate, signed.to_bytes())
+        return Approved(certificate, signed.to_bytes(), self.authorities.offered())
 
     def _lists(self, signed: SignedRoster, site: Site) -> bool:
         try:
@@ -201,18 +208,27 @@ class Registry:
         return roster.public_keys.get(site.name) == site.public_key
 
     def _certificate(self, site: Site) -> bytes | None:
-        """The site's certificate, a new one if it has none that lasts; None if it lost its approval meanwhile."""
-        now = self._clock.now()
-        for current in self._members.certificates():
-            if current.site == site.name and current.not_after >= now + RENEW_SITE_DAYS * DAY:
-                return current.der
+        """The site's certificate, a new one if it has none that lasts; None if it lost its approval meanwhile.
+
+        Those for the same key go on beside it, those for the keys before end.
+        """
         assert site.certificate_request is not None  # it is approved, hence it has both
         assert site.public_key is not None
+        now, authority = self._clock.now(), self.authorities.newest
         key = check_request(site.certificate_request, site.name)
-        der = self._authority.issue_site(site.name, key, self._random, now)
+        ending = []
+        for current in self._members.certificates():
+            certificate = parse_certificate(current.der)
+            if current.site != site.name:
+                continue
+            if certificate.public_key() != key:
+                ending.append(current.sha256)
+            elif current.not_after >= now + RENEW_SITE_DAYS * DAY and issued_by(certificate, authority.certificate):
+                return current.der
+        der = authority.issue_site(site.name, key, self._random, now)
         not_after = parse_certificate(der).not_valid_after_utc.timestamp()
         issued = Certificate(fingerprint_of(der), site.name, der, not_after)
-        return der if self._members.add_certificate(issued, site.public_key) else None
+        return der if self._members.add_certificate(issued, site.public_key, ending) else None
 
     def _token(self, name: str, org: str, hours: float) -> Token:
         if not 0 < hours <= MAX_TOKEN_HOURS:
@@ -222,7 +238,7 @@ class Registry:
             org=org,
             link_address=self._settings.link_address,
             enrolment_address=self._settings.enrolment_address,
-            authority=self._authority.der,
+            authority=self.authorities.shown.der,
             root_public_key=self._root_public_key,
             expires=int(self._clock.now() + hours * 3600),
             secret=self._random(SECRET_BYTES),
@@ -253,19 +269,21 @@ class ApprovedSites:
 
 
 class _Refusals:
-    """Journals refused enrolments: at most one entry a minute, which counts those since the last."""
+    """Journals who was refused: at most one entry a minute of each kind, which counts those since the last."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
         self._lock = threading.Lock()
-        self._logged_at = float("-inf")
-        self._since = 0
+        self._seen: OrderedDict[tuple[str, ...], tuple[float, int]] = OrderedDict()
 
-    def note(self, reason: str) -> None:
+    def note(self, event: str, **details: str) -> None:
+        kind = (event, *details.values())
         with self._lock:
-            self._since += 1
-            if self._clock.monotonic() - self._logged_at < REFUSALS_LOGGED_EVERY:
-                return
-            self._store.database.record("enrolment.refused", reason=reason, count=self._since)
-            self._logged_at, self._since = self._clock.monotonic(), 0
+            logged_at, since = self._seen.pop(kind, (float("-inf"), 0))
+            if self._clock.monotonic() - logged_at >= REFUSALS_LOGGED_EVERY:
+                self._store.database.record(event, **details, count=since + 1)
+                logged_at, since = self._clock.monotonic(), -1
+            self._seen[kind] = (logged_at, since + 1)
+            if len(self._seen) > REFUSALS_KEPT:
+                self._seen.popitem(last=False)

@@ -28,6 +28,7 @@ from foedus_server.store import Run
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
+RENEW_SECONDS = 3600.0
 
 
 class Service:
@@ -40,14 +41,18 @@ class Service:
         self._clock = clock
         objects = ObjectStore(home.objects)
         self._coordinator = Coordinator(self._store, objects, clock, home.settings.patience, self._roster)
+        self._authorities = self._registry.authorities
+        self._shown = self._authorities.tls()
+        self._looked_at = clock.monotonic()
         self.link = LinkServer(
             address=home.settings.listen_address,
             enrol_address=home.settings.enrolment_listen_address,
-            tls=home.tls(random, clock),
+            tls=self._shown,
             directory=ApprovedSites(self._store, clock),
             objects=objects,
             uploads=home.path / "uploads",
             enrol=self._registry.enrol,
+            not_admitted=self._registry.note_not_admitted,
             clock=clock,
             random=random,
         )
@@ -59,8 +64,9 @@ class Service:
         self.link.start()
 
     def serve(self, stopping: threading.Event) -> None:
-        """Look after the runs until `stopping` is set."""
+        """Look after the runs, and what sites are shown, until `stopping` is set."""
         while not stopping.wait(LOOK_SECONDS):
+            self._renew()
             for run in self._store.runs.all():
                 thread = self._threads.get(run.run_id)
                 if run.state in UNDER_WAY and (thread is None or not thread.is_alive()):
@@ -72,6 +78,16 @@ class Service:
         for thread in self._threads.values():
             thread.join()
         self._store.close()
+
+    def _renew(self) -> None:
+        """A certificate that nears its end, or that another authority is to sign, is replaced while the link is up."""
+        if self._clock.monotonic() - self._looked_at < RENEW_SECONDS:
+            return
+        self._looked_at = self._clock.monotonic()
+        if (tls := self._authorities.tls()) != self._shown:
+            self.link.show(tls)
+            self._shown = tls
+            logger.info("sites are shown a new certificate from now on")
 
     def _begin(self, run: Run) -> None:
         thread = threading.Thread(target=self._conduct, args=(run,), name=f"run-{run.run_id}", daemon=True)

@@ -55,7 +55,7 @@ class Site:
         )
 
     def findings(self) -> dict[str, Finding]:
-        found = doctor.findings(self.home, self.state, self.clock, lambda address, tls: self.admission())
+        found = doctor.findings(self.home, self.state, self.clock, lambda *where: self.admission())
         return {each.check: each for each in found}
 
     def amiss(self) -> dict[str, str]:
@@ -93,7 +93,7 @@ def test_a_running_and_a_paused_daemon_are_told(site: Site) -> None:
 
 
 def test_no_home(tmp_path: Path) -> None:
-    (only,) = doctor.findings(tmp_path / "nowhere", tmp_path, ManualClock(), lambda address, tls: 0.0)
+    (only,) = doctor.findings(tmp_path / "nowhere", tmp_path, ManualClock(), lambda *where: 0.0)
     assert (only.check, only.state) == ("settings", "problem")
     assert "`foedus-site join` makes one" in only.sentence
 

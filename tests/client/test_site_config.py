@@ -53,7 +53,9 @@ def test_settings_read_back_as_they_were_written(tmp_path: Path) -> None:
         require_approval=False,
         allow_without_privacy=True,
     )
-    settings = SiteSettings("[::1]:8443", "cuda:1", "bfloat16", 4, 10, policy)
+    settings = SiteSettings(
+        "[::1]:8443", "[::1]:8444", "http://ada:secret@proxy:3128", "ca.pem", "cuda:1", "bfloat16", 4, 10, policy
+    )
     assert SiteHome.create(tmp_path / "home", settings).settings == settings
 
 
@@ -74,6 +76,8 @@ def test_making_a_home_again_keeps_what_people_wrote(tmp_path: Path) -> None:
         ('device = "cuda:x"\n', "none of"),
         ('dtype = "float16"\n', "must be one of"),
         ('coordinator = "here"\n', "write host:port"),
+        ('enrolment = "here"\n', "write host:port"),
+        ('proxy = "https://proxy:3128"\n', "must read http://host:port"),
         ("threads = -1\n", "threads"),
         ("niceness = 20\n", "niceness"),
         ("device = ", "not valid TOML"),

@@ -48,7 +48,7 @@ REQUEST = request_certificate("north", KEY)
 def check(
     certificate: bytes = CERTIFICATE, authority: Authority = AUTHORITY, name: str = "north", now: float = NOW
 ) -> x509.Certificate:
-    return check_site_certificate(certificate, authority.der, name, KEY.public_key(), now)
+    return check_site_certificate(certificate, [authority.der], name, KEY.public_key(), now)
 
 
 # --- The handshake ---

@@ -50,7 +50,7 @@ TEXT = TOKEN.encode()
 REQUEST = EnrolRequest.make(TOKEN, KEY, TLS_KEY)
 ROSTER = Roster(3, int(NOW) + 1000, bytes(32), (RosterSite(TOKEN.name, TOKEN.org, public_bytes(KEY)),))
 CERTIFICATE = AUTHORITY.issue_site("north", TLS_KEY.public_key(), RANDOM, NOW)
-APPROVED = Approved(CERTIFICATE, SignedRoster.sign(ROSTER, ROOT).to_bytes())
+APPROVED = Approved(CERTIFICATE, SignedRoster.sign(ROSTER, ROOT).to_bytes(), (AUTHORITY.der,))
 
 
 def text_of(body: bytes) -> str:
@@ -259,6 +259,8 @@ def test_bytes_that_are_no_reply_are_bad_messages(data: bytes) -> None:
     [
         enc("waiting", b""),
         enc("approved", b""),
+        enc("approved", b"certificate", b"roster", b""),
+        enc("approved", b"certificate", b"roster", enc(*[AUTHORITY.der] * 4)),
         enc("refused", b"\xff"),
         enc("refused", "two\nlines"),
         enc("refused", "\x1b[2J"),
@@ -305,12 +307,18 @@ STRANGER = Authority.create("Test", RANDOM, NOW)
         (with_roster(epoch=2), Reason.ROSTER_STALE),
         (with_roster(not_after=int(NOW) - 1), Reason.ROSTER_STALE),
         (replace(APPROVED, signed_roster=b""), Reason.BAD_MESSAGE),
+        (replace(APPROVED, authorities=(STRANGER.der,)), Reason.BAD_SIGNATURE),
+        (replace(APPROVED, authorities=(b"no certificate",)), Reason.BAD_MESSAGE),
     ],
 )
 def test_a_site_does_not_believe_an_approval_that_does_not_fit(approved: Approved, reason: Reason) -> None:
     with pytest.raises(RemoteError) as error:
         verified(approved)
     assert error.value.reason is reason
+
+
+def test_either_of_two_authorities_may_have_signed() -> None:
+    assert verified(replace(APPROVED, authorities=(STRANGER.der, AUTHORITY.der))) == ROSTER
 
 
 def test_a_token_of_another_root_does_not_accept_this_roster() -> None:

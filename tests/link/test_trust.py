@@ -4,21 +4,29 @@ when it is revoked. Real TLS, real home, real registry."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from cryptography.x509 import IPAddress
 
-from foedus_client import link
+from foedus_client import link as link_client
+from foedus_client.config import SiteHome, SiteSettings
 from foedus_client.enrol import join
 from foedus_client.link import LinkState, SiteLink
 from foedus_common.clock import SystemClock
 from foedus_common.enrolment import decode_token
 from foedus_common.errors import LocalError
 from foedus_common.link.contents import context_of
+from foedus_common.link.transport import TlsIdentity
 from foedus_common.objects import ObjectStore
+from foedus_common.private_files import create_private
+from foedus_server.config import Link
 from foedus_server.link import LinkServer
 from foedus_server.registry import ApprovedSites
-from loopback import States, echo
+from loopback import Authority as LoopbackAuthority
+from loopback import Federation, States, echo
 from operators import Operator
 
 
@@ -40,7 +48,7 @@ class Coordinator:
         self.server.start()
 
     def call(self, authority: bytes) -> Callable[[bytes], bytes]:
-        return lambda body: link.enrol(self.server.enrol_address, authority, body)
+        return lambda body: link_client.enrol(self.server.enrol_address, authority, body)
 
     def approve(self, public_key: bytes) -> None:
         self.operator.registry.approve("north", public_key)
@@ -82,6 +90,34 @@ def test_a_site_joins_connects_and_is_revoked(coordinator: Coordinator, tmp_path
         assert list(coordinator.server.connected()) == []
     finally:
         site.stop()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_certificate_of_somebody_else_s_authority_counts_where_the_site_names_it(tmp_path: Path, named: bool) -> None:
+    """The coordinator shows a certificate of the company's own authority (docs/decisions/0016)."""
+    operator, company = Operator(tmp_path / "operator", SystemClock()), LoopbackAuthority("company")
+    shown = company.issue([IPAddress(ip_address("127.0.0.1"))], b"")
+    for name, content in {"up.crt": shown.certificate, "up.key": shown.private_key}.items():
+        create_private(tmp_path / name, content)
+    link = Link(certificate=str(tmp_path / "up.crt"), certificate_key=str(tmp_path / "up.key"))
+    home = replace(operator.home, settings=replace(operator.home.settings, link=link))
+    federation = Federation(tmp_path)
+    federation.server_tls = home.tls(operator.random, operator.clock)
+    federation.coordinator()
+
+    bundle = tmp_path / "company.pem"
+    bundle.write_bytes(company.certificate)
+    site = SiteHome.create(tmp_path / "north", SiteSettings(authorities=str(bundle) if named else ""))
+    trusted = site.trusting(TlsIdentity(b"", b"", operator.registry.invite("north", "North").authority_pem)).authority
+    try:
+        if named:
+            assert link_client.enrol(federation.enrol_address, trusted, b"body") == b"body"
+        else:
+            with pytest.raises(LocalError, match="that this site's authority did not sign"):
+                link_client.enrol(federation.enrol_address, trusted, b"body")
+    finally:
+        federation.close()
+        operator.close()
 
 
 def test_a_site_does_not_enrol_with_a_coordinator_of_another_authority(

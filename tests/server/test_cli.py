@@ -107,6 +107,18 @@ def test_a_site_from_its_token_to_its_end(foedus: Foedus) -> None:
     assert foedus("site", "revoke", "south").code == 2
 
 
+def test_the_authority_is_changed_with_one_command(foedus: Foedus) -> None:
+    applicant = Applicant(foedus.operator, decode_token(foedus.operator.registry.invite("north", "North").encode()))
+    applicant.ask()
+    applicant.is_approved()
+    made = foedus("authority", "rotate", "--json").json
+    listed = foedus("authority", "list", "--json").json
+    assert [each["shown"] for each in listed["authorities"]] == [True, False]
+    assert listed["authorities"][1]["authority"] == made["authority"] == "CN=Test Foedus CA 2"
+    assert listed["waits_for"] == ["north"]
+    assert "it waits for north" in foedus("authority", "rotate").err
+
+
 # --- Models and plans ---
 
 

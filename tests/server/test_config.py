@@ -167,7 +167,7 @@ def test_a_home_that_others_can_look_into_is_refused(tmp_path: Path) -> None:
 def test_a_key_that_others_can_read_is_refused(operator: Operator, name: str) -> None:
     (operator.home.path / name).chmod(0o640)
     uses = {
-        "authority.key": operator.home.authority,
+        "authority.key": operator.home.shown_authority,
         "plan.key": operator.home.plan_key,
         "root.key": operator.home.root_key,
         "server.key": lambda: operator.home.tls(operator.random, operator.clock),
@@ -185,7 +185,7 @@ def shown(operator: Operator, home: Home | None = None) -> x509.Certificate:
 
 def test_the_servers_certificate_is_for_the_host_and_the_loopback(operator: Operator) -> None:
     certificate = shown(operator, rewritten(operator.home, 'host = "127.0.0.1"', 'host = "coordinator.example"'))
-    certificate.verify_directly_issued_by(operator.home.authority().certificate)
+    certificate.verify_directly_issued_by(operator.home.shown_authority().certificate)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["coordinator.example", "localhost"]
     assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]

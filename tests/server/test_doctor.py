@@ -89,11 +89,11 @@ def test_a_root_key_that_is_elsewhere(coordinator: Coordinator) -> None:
 def test_certificates_that_end(coordinator: Coordinator) -> None:
     coordinator.home.tls(coordinator.random, coordinator.clock)
     coordinator.clock.advance(390 * DAY)
-    assert "which renews it" in coordinator.findings()["certificate"].sentence
+    assert "`foedus up` running, which renews it" in coordinator.findings()["certificate"].sentence
     coordinator.clock.advance(10 * DAY)
     assert "ended on" in coordinator.amiss()["certificate"]
     coordinator.clock.advance(3_650 * DAY)
-    assert "make a new home" in coordinator.amiss()["authority"]
+    assert "make a new home for the sites" in coordinator.amiss()["authority"]
 
 
 # --- Ports ---

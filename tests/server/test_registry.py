@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from foedus_common.certificates import DAY, fingerprint_of
+from foedus_common.certificates import DAY, fingerprint_of, issued_by, parse_certificate, pem
 from foedus_common.enrolment import Approved, EnrolRequest, Refused, Waiting, reply_from_bytes
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import SignedRoster, generate_key
@@ -150,6 +150,32 @@ def test_whatever_a_stranger_sends_gets_an_answer(operator: Operator, data: byte
     assert "BAD_MESSAGE" in refusal(reply_from_bytes(operator.registry.enrol(data)))
 
 
+def test_every_refused_token_is_journalled(operator: Operator) -> None:
+    """Replayed, expired, foreign, guessed and replaced: each leaves its own entry, however much else is refused."""
+    token = operator.registry.invite("north", "Nordklinik")
+    Applicant(operator, token).ask()
+    expired = operator.registry.invite("east", "Ostklinik", hours=1)
+    replaced = operator.registry.invite("south", "Südklinik")
+    operator.registry.invite("south", "Südklinik")
+    operator.clock.advance(3601)
+    asked = {
+        "used already": token,
+        "has expired": expired,
+        "no such token": replace(token, secret=bytes(32)),
+        "another site than the token": replace(token, name="west"),
+        "newer token replaced": replaced,
+    }
+    for _ in range(3):
+        operator.registry.enrol(b"knock")
+        for shown in asked.values():
+            assert isinstance(Applicant(operator, shown).ask(), Refused)
+    entries = [entry.event for entry in operator.store.database.entries()]
+    reasons = [event["reason"] for event in entries if event["event"] == "enrolment.refused"]
+    assert len(reasons) == len(asked) + 1
+    for sentence in asked:
+        assert any(sentence in reason for reason in reasons), sentence
+
+
 def test_refusals_are_journalled_but_do_not_fill_the_disk(operator: Operator) -> None:
     for _ in range(5):
         operator.registry.enrol(b"knock")
@@ -240,6 +266,52 @@ def test_nobody_is_let_in_on_an_expired_roster(operator: Operator) -> None:
     assert isinstance(applicant.ask(), Approved)
 
 
+# --- A new authority ---
+
+
+def test_a_new_authority_takes_over_and_no_site_is_lost(operator: Operator) -> None:
+    """One that asks every day has what it needs before the coordinator shows anything that it does not trust."""
+    north, authorities = member(operator), operator.registry.authorities
+    first = authorities.shown
+    shown = authorities.tls()
+    old = certificate_of(north)
+    second = authorities.rotate()
+    for rotated in (False, True):  # the coordinator may be started anew in between
+        with pytest.raises(LocalError, match="taking over already; it waits for north"):
+            authorities.rotate()
+        assert (authorities.tls().certificate, authorities.shown.der) == (shown.certificate, first.der)
+        assert authorities.tls().authority == pem(first.der) + pem(second.der)
+        reply = north.ask()
+        assert isinstance(reply, Approved)
+        assert reply.authorities == (first.der, second.der)
+        assert issued_by(parse_certificate(reply.certificate), second.certificate)
+        assert operator.registry.invite("east", "Ostklinik").authority == first.der
+        operator.clock.advance(6 * DAY if not rotated else DAY)
+
+    assert authorities.lacking() == ()
+    assert authorities.tls().certificate != shown.certificate
+    assert (authorities.shown.der, authorities.tls().authority) == (second.der, pem(second.der))
+    reply = north.ask()
+    assert isinstance(reply, Approved)
+    assert reply.authorities == (second.der,)
+    assert reply.certificate != old
+    assert operator.registry.invite("east", "Ostklinik").authority == second.der
+    member(operator, "south")  # who came later does not bring the old one back
+    assert authorities.tls().authority == pem(second.der)
+
+
+def test_a_new_authority_waits_for_a_site_that_is_away_until_it_is_revoked(operator: Operator) -> None:
+    north, authorities = member(operator), operator.registry.authorities
+    member(operator, "south")
+    shown = authorities.tls()
+    authorities.rotate()
+    north.ask()
+    operator.clock.advance(40 * DAY)
+    assert (authorities.lacking(), authorities.tls().certificate) == (("south",), shown.certificate)
+    operator.registry.revoke("south")
+    assert (authorities.lacking(), authorities.tls().certificate != shown.certificate) == ((), True)
+
+
 # --- Afterwards ---
 
 
@@ -305,7 +377,7 @@ def test_a_site_that_was_revoked_comes_back_only_with_new_keys_approved_anew(ope
     assert operator.registry.site("north").revoked_at is None
 
 
-def test_rotation_keeps_the_old_keys_until_the_new_ones_are_approved(operator: Operator) -> None:
+def test_rotation_keeps_the_old_keys_until_the_new_ones_are_in_the_roster(operator: Operator) -> None:
     old = member(operator)
     directory = ApprovedSites(operator.store, operator.clock)
     sha256 = fingerprint_of(certificate_of(old))
@@ -320,11 +392,15 @@ def test_rotation_keeps_the_old_keys_until_the_new_ones_are_approved(operator: O
 
     new.is_approved()
     operator.clock.advance(1)
-    assert not directory.site_for("north", sha256)
-    assert new.ask() == Waiting()  # the roster lists the old key
+    assert new.ask() == Waiting()  # the roster lists the old key, under which the site goes on
+    assert directory.site_for("north", sha256)
     assert operator.sign_roster().public_keys == {"north": new.public_key}
     operator.clock.advance(1)
-    assert directory.site_for("north", fingerprint_of(certificate_of(new)))
+    assert directory.site_for("north", sha256)
+    newer = fingerprint_of(certificate_of(new))
+    operator.clock.advance(1)
+    assert directory.site_for("north", newer)
+    assert not directory.site_for("north", sha256)
 
 
 def test_only_a_member_can_rotate(operator: Operator) -> None:

@@ -7,7 +7,11 @@ pings no faster than the server allows, or the server would answer GOAWAY.
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from foedus_common.errors import LocalError
 
 PROTOCOL_VERSION = 1
 
@@ -75,6 +79,29 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
 ]
+
+
+def channel_options(proxy: str) -> list[tuple[str, int | str]]:
+    """A site's options. proxy: "http://host:port", or "" for what https_proxy and no_proxy say, as gRPC reads them."""
+    return [*CHANNEL_OPTIONS, ("grpc.http_proxy", proxy)] if proxy else list(CHANNEL_OPTIONS)
+
+
+def proxy_for(address: str, proxy: str, environment: Mapping[str, str]) -> str:
+    """The proxy's own "host:port" where one stands between this machine and `address`, else "". As gRPC decides it."""
+    direct = environment.get("no_grpc_proxy") or environment.get("no_proxy") or ""
+    host = address.rpartition(":")[0].strip("[]")
+    named = proxy or next(filter(None, map(environment.get, ("grpc_proxy", "https_proxy", "http_proxy"))), "")
+    if not named or any(host.endswith(name.strip()) for name in direct.split(",") if name.strip()):
+        return ""
+    return named.rpartition("//")[2].rpartition("@")[2].strip("/")
+
+
+def check_proxy(proxy: str) -> None:
+    """Raises LocalError unless it is the address of a proxy that gRPC can use: CONNECT over plain HTTP (RFC 9110)."""
+    if not re.fullmatch(r"http://([^\s/@]+@)?(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}/?", proxy):
+        # its text may hold a password
+        raise LocalError("proxy must read http://host:port, or http://user:password@host:port.")
+
 
 SERVER_OPTIONS = [
     *_COMMON_OPTIONS,

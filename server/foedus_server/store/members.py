@@ -4,6 +4,7 @@ transaction. Who may join, and what is shown to whom, is decided in `registry`."
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
@@ -75,7 +76,7 @@ class Members:
             return token
 
     def approve(self, name: str, public_key: bytes) -> None:
-        """Make the waiting key the site's own; certificates for an earlier key end now.
+        """Make the waiting key the site's own. Certificates for an earlier key end with the first for this one.
 
         Raises:
             LocalError: this key does not wait at that site.
@@ -95,7 +96,6 @@ class Members:
                 revoked_at=None,
                 **_NO_WAITING_KEY,
             )
-            _retire_certificates(connection, name, now)
             self._database.log(connection, "site.approved", site=name, public_key=public_key.hex())
 
     def revoke(self, name: str) -> None:
@@ -111,13 +111,19 @@ class Members:
 
     # --- Certificates ---
 
-    def add_certificate(self, certificate: Certificate, public_key: bytes) -> bool:
-        """Accept it from now on; False where the site is not, or no longer, approved with that identity key."""
+    def add_certificate(self, certificate: Certificate, public_key: bytes, ending: Sequence[bytes] = ()) -> bool:
+        """Accept it from now on; False where the site is not, or no longer, approved with that identity key.
+
+        ending: SHA-256 of certificates that end with that.
+        """
+        now = self._database.clock.now()
         with self._database.writing("add a certificate") as connection:
             site = _site(connection, certificate.site)
             if site is None or (site.state, site.public_key) != ("approved", public_key):
                 return False
             connection.execute(insert(certificates).values(dataclasses.asdict(certificate)))
+            ended = update(certificates).where(certificates.c.sha256.in_(ending))
+            connection.execute(ended.values(retired_at=now))
             digest = certificate.sha256.hex()
             self._database.log(connection, "certificate.issued", site=certificate.site, sha256=digest)
             return True
