@@ -1,0 +1,247 @@
+"""What is left of released vectors once the gradients are taken out, tested for being the stated noise and only that.
+
+The gradients come from `reference`; the rest, divided by noise multiplier * clip, has to be standard normal, the same
+in every tensor, independent of the gradients, of other coordinates, steps and rounds, and there on empty batches too.
+The distributions of all statistics are known exactly: correlations are divided by the norm of the part that is
+conditioned on (sum a_i b_i / |a| is standard normal given a, if b is), so there is nothing asymptotic but the
+Kolmogorov-Smirnov test, and no threshold is tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from foedus_common.plan import AgreedPlan
+from foedus_common.tasks.rows import EncodedRows
+from foedus_common.terms import field_layout
+from privacy_audit.reference import GRID, Reals, ReferenceSum, step_factors, tensor_slices
+from privacy_audit.specimens import Release, Specimen
+from privacy_audit.verdicts import Finding, worst_of
+
+LAGS = 512
+"""Distances between coordinates up to which all are tested; beyond them, those between the beginnings of tensors."""
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """The steps of one phase. noise: (steps, d), standardised; signal: the reference's sums, (steps, d); off_grid: how
+    far the noised sums lie from whole grid units, in units, (steps, d); sizes: rows drawn, (steps,)."""
+
+    noise: Reals
+    signal: Reals
+    off_grid: Reals
+    sizes: Sequence[int]
+    tensors: Mapping[str, slice]
+    rate: float
+    rows: int
+    steps_due: int
+
+
+def findings(specimen: Specimen, released: Sequence[Release]) -> list[Finding]:
+    """Every test of the releases of one run."""
+    phases = [
+        residuals(specimen, [release for release in released if release.round_plan.phase == phase])
+        for phase in range(len(specimen.agreed.plan.phase))
+    ]
+    tensors = [(phase, place) for phase in phases for place in phase.tensors.values()]
+    return [
+        _all_steps(phases),
+        _on_grid(phases),
+        _sampling(phases),
+        _mean(tensors),
+        _variance(tensors),
+        _variance_step_by_step(phases),
+        _variance_on_empty_batches(phases),
+        _distribution(phases),
+        _tails(phases),
+        _independent_of_gradients(tensors),
+        _independent_over_steps(phases),
+        _independent_over_coordinates(phases),
+    ]
+
+
+def residuals(specimen: Specimen, released: Sequence[Release]) -> Residuals:
+    """Takes the gradients out of one phase's releases, step by step."""
+    agreed, classifier, rows = specimen.agreed, specimen.classifier, specimen.trainer.rows
+    settings = released[0].round_plan.settings
+    noise, signal, off_grid, sizes = [], [], [], []
+    for release in released:
+        for number, step in enumerate(release.steps):
+            after = [later.vector for later in release.steps[number + 1 :]][:1]
+            sent = after[0] if after else release.start + release.update
+            exact = after[0] if after else release.start + release.exact
+            factors = step_factors(agreed, release.round_plan)
+            expected = _reference(specimen, release, rows)(step.vector, step.rows)
+            noise.append(((step.vector - sent) / factors - expected) / _deviations(agreed, release, last=not after))
+            units = (step.vector - exact) / factors * (GRID / agreed.plan.privacy.clip)
+            signal.append(expected)
+            off_grid.append(np.abs(units - np.rint(units)))
+            sizes.append(len(step.rows))
+    empty = np.zeros((0, agreed.size(released[0].round_plan.phase)))
+    return Residuals(
+        noise=np.array(noise) if noise else empty,
+        signal=np.array(signal) if signal else empty,
+        off_grid=np.array(off_grid) if off_grid else empty,
+        sizes=sizes,
+        tensors=tensor_slices(classifier, settings.train),
+        rate=settings.sampling_rate or 0.0,
+        rows=len(rows),
+        steps_due=(settings.steps or 0) * len(released),
+    )
+
+
+def _reference(specimen: Specimen, release: Release, rows: EncodedRows) -> ReferenceSum:
+    clip = specimen.agreed.plan.privacy.clip
+    return ReferenceSum(specimen.classifier, release.adapter, rows, clip, release.round_plan)
+
+
+def _deviations(agreed: AgreedPlan, release: Release, last: bool) -> Reals:
+    """The stated standard deviation of a noised sum, (d,), and in a round's last step that of the encoding's rounding
+    with it: a uniform fraction f of its step, rounded at random, has the variance E[f (1 - f)] = 1/6."""
+    round_plan = release.round_plan
+    stated = agreed.noise_multipliers[round_plan.phase] * agreed.plan.privacy.clip
+    if not last:
+        return np.full(agreed.size(round_plan.phase), stated)
+    layout = field_layout(agreed, round_plan)
+    steps = np.concatenate([np.full(length, scale / layout.half_range) for length, scale in layout.segments])
+    return np.sqrt(stated**2 + (steps / step_factors(agreed, round_plan)) ** 2 / 6)
+
+
+# --- Tests ---
+
+
+Place = tuple[Residuals, slice]
+
+
+def _all_steps(phases: Sequence[Residuals]) -> Finding:
+    made, due = (sum(len(p.sizes) for p in phases), sum(p.steps_due for p in phases))
+    return Finding("every step is made", f"{made} of {due} steps", float(made == due))
+
+
+def _on_grid(phases: Sequence[Residuals]) -> Finding:
+    furthest = max(float(phase.off_grid.max(initial=0.0)) for phase in phases)
+    return Finding("noised sums are whole grid units", f"at most {furthest:.1g} units off", float(furthest < 1e-3))
+
+
+def _sampling(phases: Sequence[Residuals]) -> Finding:
+    """Poisson sampling: rows drawn and empty batches are binomial."""
+    p_values, empty, drawn = [], 0, 0
+    for phase in phases:
+        steps, none = len(phase.sizes), sum(size == 0 for size in phase.sizes)
+        p_values.append(_binomial(sum(phase.sizes), steps * phase.rows, phase.rate))
+        p_values.append(_binomial(none, steps, (1 - phase.rate) ** phase.rows))
+        empty, drawn = empty + none, drawn + sum(phase.sizes)
+    return worst_of("rows are drawn at the stated rate", p_values, f"{drawn} rows, {empty} empty batches")
+
+
+def _mean(tensors: Sequence[Place]) -> Finding:
+    scores = [float(part.sum() / np.sqrt(part.size)) for part in _noises(tensors)]
+    return worst_of("noise has mean 0, tensor by tensor", *_normal(scores))
+
+
+def _variance(tensors: Sequence[Place]) -> Finding:
+    parts = list(_noises(tensors))
+    parts.append(np.concatenate(parts))
+    ratios = [float(np.sqrt((part**2).mean())) for part in parts]
+    text = f"{min(ratios):.3f} to {max(ratios):.3f} of the stated sigma"
+    return worst_of("noise has its sigma, tensor by tensor", [_chi_square(part) for part in parts], text)
+
+
+def _variance_step_by_step(phases: Sequence[Residuals]) -> Finding:
+    steps = [step for phase in phases for step in phase.noise]
+    ratios = [float(np.sqrt((step**2).mean())) for step in steps]
+    text = f"{min(ratios, default=0):.2f} to {max(ratios, default=0):.2f} of the stated sigma"
+    return worst_of("noise has its sigma, step by step", [_chi_square(step) for step in steps], text)
+
+
+def _variance_on_empty_batches(phases: Sequence[Residuals]) -> Finding:
+    chosen = [phase.noise[np.array(phase.sizes, int) == 0] for phase in phases]
+    values = np.concatenate([part.ravel() for part in chosen])
+    text = f"{np.sqrt((values**2).mean()) if values.size else 1.0:.3f} of the stated sigma"
+    return Finding("empty batches carry the whole noise", text, _chi_square(values))
+
+
+def _distribution(phases: Sequence[Residuals]) -> Finding:
+    tests = [stats.kstest(phase.noise.ravel(), "norm") for phase in phases if phase.noise.size]
+    furthest = max((float(test.statistic) for test in tests), default=0.0)
+    return worst_of(
+        "noise is Gaussian (Kolmogorov-Smirnov)", [float(t.pvalue) for t in tests], f"at most {furthest:.4f} apart"
+    )
+
+
+def _tails(phases: Sequence[Residuals]) -> Finding:
+    """The largest of n standard normal magnitudes is below x with probability (1 - 2 sf(x))^n: neither cut off nor
+    heavy."""
+    values = np.concatenate([np.abs(phase.noise).ravel() for phase in phases])
+    largest = float(values.max(initial=0.0))
+    log_below = values.size * np.log1p(-min(1.0, 2 * stats.norm.sf(largest)))
+    p_value = 2 * float(min(np.exp(log_below), -np.expm1(log_below)))
+    return Finding("noise has its tails", f"{values.size} numbers up to {largest:.1f} sigma", min(1.0, p_value))
+
+
+def _independent_of_gradients(tensors: Sequence[Place]) -> Finding:
+    """Each step's noise along its own gradient, tensor by tensor: standard normal, since the gradient came first."""
+    scores = []
+    for phase, place in tensors:
+        norms = np.linalg.norm(phase.signal[:, place], axis=1)
+        along = (phase.noise[:, place] * phase.signal[:, place]).sum(axis=1)[norms > 0] / norms[norms > 0]
+        if along.size:
+            scores.append(float(along.sum() / np.sqrt(along.size)))
+    return worst_of("noise does not depend on the gradients", *_normal(scores))
+
+
+def _independent_over_steps(phases: Sequence[Residuals]) -> Finding:
+    """Every pair of steps, over the coordinates that both have: those of the head come first in every phase."""
+    steps = [step for phase in phases for step in phase.noise]
+    scores = []
+    for number, later in enumerate(steps):
+        for earlier in steps[:number]:
+            shared = min(later.size, earlier.size)
+            norm = float(np.linalg.norm(earlier[:shared]))
+            if norm > 0:
+                scores.append(float(later[:shared] @ earlier[:shared]) / norm)
+    return worst_of("noise is fresh in every step and round", *_normal(scores))
+
+
+def _independent_over_coordinates(phases: Sequence[Residuals]) -> Finding:
+    """Coordinates at each distance h: those of even blocks of h are conditioned on, each with the one h after it."""
+    scores = []
+    for phase in phases:
+        width = phase.noise.shape[1]
+        starts = [place.start for place in phase.tensors.values()]
+        between = {second - first for first in starts for second in starts if second > first}
+        for lag in sorted(between | set(range(1, min(width // 2, LAGS) + 1))):
+            first = np.arange(width - lag)
+            first = first[(first // lag) % 2 == 0]
+            norm = float(np.linalg.norm(phase.noise[:, first]))
+            if norm > 0:
+                scores.append(float((phase.noise[:, first] * phase.noise[:, first + lag]).sum()) / norm)
+    return worst_of("noise is fresh in every coordinate", *_normal(scores))
+
+
+# --- Their p-values ---
+
+
+def _noises(tensors: Sequence[Place]) -> Iterator[Reals]:
+    yield from (phase.noise[:, place].ravel() for phase, place in tensors)
+
+
+def _normal(scores: Sequence[float]) -> tuple[list[float], str]:
+    """Two-sided p-values of standard normal scores, and the largest in words."""
+    magnitudes = np.abs(np.array(scores))
+    said = f"{len(scores)} scores up to {magnitudes.max(initial=0.0):.1f}"
+    return (2 * stats.norm.sf(magnitudes)).tolist(), said
+
+
+def _chi_square(values: Reals) -> float:
+    """Two-sided p-value of a sum of squares of standard normal numbers."""
+    total, size = float((values**2).sum()), values.size
+    return min(1.0, 2 * float(min(stats.chi2.cdf(total, size), stats.chi2.sf(total, size)))) if size else 1.0
+
+
+def _binomial(count: int, trials: int, probability: float) -> float:
+    return float(stats.binomtest(count, trials, min(1.0, probability)).pvalue) if trials else 1.0

@@ -1,0 +1,142 @@
+"""A slice of `make privacy-audit` on the tiny model: what is correct passes, and every seeded fault is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from foedus_common.tasks.local_trainer import LocalTrainer
+from foedus_common.tasks.text_classification import TextClassifier
+from privacy_audit import float_noise, residuals
+from privacy_audit.bounds import Errors, at_least, at_most, epsilon_at_least, guess_at_most, mu_at_least
+from privacy_audit.faults import FAULTS
+from privacy_audit.membership import (
+    Neighbours,
+    distinguish,
+    neighbours,
+    sensitivity,
+    tiny_plan_of_membership,
+)
+from privacy_audit.specimens import Specimen, random_adapter, releases, tiny_plan_of_noise
+from privacy_audit.verdicts import Finding, alarms
+from seeded import seeded
+from tiny_model import rows, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def specimen(model: Path) -> Specimen:
+    agreed = tiny_plan_of_noise(model)
+    classifier = TextClassifier.load(model, agreed.plan, dtype="float32")
+    return Specimen(LocalTrainer(classifier, agreed, rows(8)), agreed, random_adapter(classifier, 0))
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path) -> Neighbours:
+    agreed = tiny_plan_of_membership(model)
+    classifier = TextClassifier.load(model, agreed.plan, dtype="float32")
+    return neighbours(classifier, agreed, random_adapter(classifier, 0))
+
+
+# Released noise
+
+
+def test_correct_releases_raise_no_alarm(specimen: Specimen) -> None:
+    found = residuals.findings(specimen, releases(specimen, seeded("clean")))
+    assert alarms(found) == []
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_in_the_releases_is_found(specimen: Specimen, fault: str) -> None:
+    with FAULTS[fault]():
+        released = releases(specimen, seeded("faulty"))
+    assert alarms(residuals.findings(specimen, released))
+
+
+def test_an_alarm_needs_a_p_value_that_is_rare_among_all_tests() -> None:
+    assert alarms([Finding("rare", "", 4e-7), Finding("common", "", 0.01)]) == ["rare"]
+    assert alarms([Finding("not rare among two", "", 6e-7), Finding("common", "", 0.01)]) == []
+
+
+# One record
+
+
+def test_a_record_shows_as_much_as_is_accounted_and_no_more(pair: Neighbours) -> None:
+    found = distinguish(pair, 300, seeded("membership"))
+    assert not found.alarm
+    assert 0.5 * found.accounted < found.shown < found.accounted
+    assert sensitivity([pair]).holds
+
+
+@pytest.mark.parametrize("fault", ["noise halved", "clipped layer by layer", "clipped after the division"])
+def test_a_record_that_shows_too_much_is_found(pair: Neighbours, fault: str) -> None:
+    with FAULTS[fault]():
+        assert distinguish(pair, 300, seeded("membership")).alarm
+        assert sensitivity([pair]).holds == (fault == "noise halved")
+
+
+# Bounds
+
+
+def test_clopper_pearson_is_the_binomial_turned_round() -> None:
+    """The definition: at the upper end, so few successes are as rare as the confidence says."""
+    for successes, trials, confidence in ((0, 20, 0.95), (3, 50, 0.975), (49, 50, 0.99)):
+        assert stats.binom.cdf(successes, trials, at_most(successes, trials, confidence)) == pytest.approx(
+            1 - confidence
+        )
+    assert at_most(20, 20, 0.95) == 1
+    assert at_least(0, 20, 0.95) == 0
+    assert at_least(20, 20, 0.95) == pytest.approx(0.05 ** (1 / 20))
+
+
+def test_bounds_approach_the_truth_of_a_gaussian_from_below() -> None:
+    size, mu = 10**7, 1.5
+    wrong = round(size * stats.norm.sf(mu / 2))
+    errors = Errors(wrong, size, wrong, size)
+    assert mu * 0.995 < mu_at_least(errors, 0.95) < mu
+    truth = np.log(stats.norm.cdf(mu / 2) / stats.norm.sf(mu / 2))
+    assert truth * 0.995 < epsilon_at_least(errors, 0.0, 0.95) < truth
+    assert epsilon_at_least(errors, 0.1, 0.95) < truth
+    assert mu_at_least(Errors(5, 10, 5, 10), 0.95) == 0
+
+
+def test_a_release_without_information_leaves_the_guess_to_chance() -> None:
+    assert guess_at_most(0.001, 0.0) == pytest.approx(0.001)
+    assert guess_at_most(0.001, 1.0) == pytest.approx(stats.norm.cdf(1 - 3.0902), rel=1e-4)
+
+
+# The code
+
+
+def test_private_training_has_no_other_source_of_chance() -> None:
+    assert [verdict.statistic for verdict in float_noise.verdicts() if not verdict.holds] == []
+    assert {"noise.py", "private_training.py", "plan.py"} <= {path.name for path in float_noise.reachable()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import random",
+        "import numpy.random as chance",
+        "from numpy import random",
+        "from numpy.random import default_rng",
+        "from torch import randn",
+        "noise = np.random.default_rng().normal(size=3)",
+        "noise = torch.randn_like(total)",
+        "noise = torch.zeros(3).normal_()",
+        "noise = ndtri(uniform)",
+        "noise = torch.distributions.Normal(0, 1).sample()",
+    ],
+)
+def test_another_source_of_chance_is_seen(line: str) -> None:
+    source = (float_noise.COMMON / "foedus_common/privacy/noise.py").read_text()
+    assert float_noise.other_chance(source) == []
+    assert float_noise.other_chance(f"{source}\n{line}\n")
