@@ -58,7 +58,7 @@ class Task:
     kind: Literal["text-classification"]
     labels: tuple[str, ...]
     max_length: int = 128  # tokens
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: Literal["mean", "cls", "last"] = "mean"  # of the tokens' hidden states; "last" for decoders
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Adapter:
     method: Literal["ffa-lora", "fedit"] = "ffa-lora"
     rank: int = 4
     alpha: float = 8.0
-    targets: tuple[str, ...] = ("query", "value")
-    layers: str = "all"  # "all", or layer numbers such as "0-2,5"
+    targets: tuple[str, ...] = ("query", "value")  # names of linear layers, or patterns such as "*_proj"
+    layers: str = "all"  # "all", numbers such as "0-2,5", or "last-4"
     seed: int = 0  # public: the frozen factors A derive from it
 
 
@@ -177,6 +177,8 @@ def _problems(plan: RunPlan) -> Iterator[str]:
         yield "must have [task] max_length between 1 and 8192 tokens."
     if not 1 <= plan.adapter.rank <= 1024 or plan.adapter.alpha <= 0:
         yield "must have [adapter] rank between 1 and 1024 and alpha above 0."
+    if not plan.adapter.targets:
+        yield "needs at least one name or pattern in [adapter] targets."
     if not plan.phase:
         yield "has no [[phase]]; add at least one."
     if not 3 <= secure.min_sites <= secure.max_sites <= 128:

@@ -1,4 +1,5 @@
-"""A Hugging Face text encoder with LoRA factors, made from a local folder; the spec of an adapter comes from here.
+"""A Hugging Face text model, encoder or decoder, with LoRA factors, made from a local folder; the spec of an adapter
+comes from here.
 
 Only built-in architectures and safetensors are loaded, and nothing is ever fetched. The same code builds the encoder on
 the meta device (shapes without weights: seconds and little memory), so the coordinator's spec is the site's. Knows
@@ -8,6 +9,7 @@ nothing of data, labels beyond their number, or training.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +21,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from foedus_common.adapters import AdapterSpec, Role, TensorSpec
 from foedus_common.errors import LocalError
-from foedus_common.plan import Adapter, RunPlan
+from foedus_common.plan import RunPlan
 from foedus_common.tasks.head import HEAD
+from foedus_common.tasks.targets import target_names
 
 _LORA = "default"  # peft's name for the only adapter of a model
 
@@ -34,9 +38,9 @@ def encoder_spec(folder: Path, plan: RunPlan) -> AdapterSpec:
 
     Raises LocalError when the folder is no model that can be used, or the plan's [adapter] does not fit it.
     """
-    config = _config(folder, plan.task.max_length)
+    config = _config(folder)
     with _refusing(folder), torch.device("meta"):
-        encoder = _with_factors(AutoModel.from_config(config, trust_remote_code=False), plan.adapter)
+        encoder = _with_factors(AutoModel.from_config(config, trust_remote_code=False), plan)
     return spec_of(encoder, plan)
 
 
@@ -45,7 +49,7 @@ def load_encoder(folder: Path, plan: RunPlan, device: torch.device) -> PeftModel
 
     Raises LocalError as `encoder_spec` does, and when the weights are incomplete.
     """
-    config = _config(folder, plan.task.max_length)
+    config = _config(folder)
     # On CPUs the backward pass of eager attention in bfloat16 takes half the time of the fused one's (MiniLM, Zen 4).
     attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
     with _refusing(folder):
@@ -61,16 +65,17 @@ def load_encoder(folder: Path, plan: RunPlan, device: torch.device) -> PeftModel
         )
     absent = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if absent:
-        raise LocalError(f"The model in {folder} lacks weights ({absent[0]}); it is not a complete encoder.")
+        raise LocalError(f"The model in {folder} lacks weights ({absent[0]}); it is not a complete model.")
     # To the device before the factors are added: hooks on modules that move afterwards are lost.
-    adapted = _with_factors(encoder.to(device), plan.adapter).to(device)
+    adapted = _with_factors(encoder.to(device), plan).to(device)
     return adapted.requires_grad_(False).eval()
 
 
 def spec_of(encoder: PeftModel, plan: RunPlan) -> AdapterSpec:
     """The head, then A and B of each adapted layer in the model's order, under peft's names for them in files."""
     role_of_a: Role = "frozen" if plan.adapter.method == "ffa-lora" else "adapter"
-    tensors = [TensorSpec(HEAD, (len(plan.task.labels), encoder.config.hidden_size + 1), "head")]
+    width = getattr(encoder.config, "word_embed_proj_dim", encoder.config.hidden_size)  # small OPTs project back to it
+    tensors = [TensorSpec(HEAD, (len(plan.task.labels), width + 1), "head")]
     for name, layer in _adapted_layers(encoder):
         tensors.append(TensorSpec(f"{name}.lora_A.weight", tuple(layer.lora_A[_LORA].weight.shape), role_of_a))
         tensors.append(TensorSpec(f"{name}.lora_B.weight", tuple(layer.lora_B[_LORA].weight.shape), "adapter"))
@@ -86,23 +91,7 @@ def factors(encoder: PeftModel) -> dict[str, nn.Linear]:
     return modules
 
 
-def layer_numbers(layers: str, depth: int) -> list[int]:
-    """The layers that a plan's [adapter] layers names ("all", or numbers and ranges such as "0-2,5"), sorted."""
-    if layers == "all":
-        return list(range(depth))
-    numbers: set[int] = set()
-    try:
-        for piece in layers.split(","):
-            first, _, last = piece.strip().partition("-")
-            numbers.update(range(int(first), int(last or first) + 1))
-    except ValueError:
-        raise LocalError(f'[adapter] layers is {layers!r}; write "all", or numbers such as "0-2,5".') from None
-    if not numbers or max(numbers) >= depth:
-        raise LocalError(f"[adapter] layers is {layers!r}, but the model has the layers 0 to {depth - 1}.")
-    return sorted(numbers)
-
-
-def _config(folder: Path, max_length: int) -> PretrainedConfig:
+def _config(folder: Path) -> PretrainedConfig:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -111,50 +100,50 @@ def _config(folder: Path, max_length: int) -> PretrainedConfig:
     with _refusing(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config.is_encoder_decoder or not isinstance(getattr(config, "hidden_size", None), int):
-        raise LocalError(f"The model in {folder} ({config.model_type}) is not a text encoder.")
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < max_length:
-        raise LocalError(f"[task] max_length is {max_length}, but the model reads at most {positions} tokens.")
+        raise LocalError(f"The model in {folder} ({config.model_type}) is not a text encoder or decoder alone.")
+    config.use_cache = False  # of keys and values, which only generating text needs
     return config
 
 
-def _with_factors(encoder: PreTrainedModel, adapter: Adapter) -> PeftModel:
+def _check_length(encoder: PreTrainedModel, max_length: int) -> None:
+    positions = getattr(encoder.config, "max_position_embeddings", None) or max_length
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from behind its padding
+    if 0 < positions < max_length:
+        raise LocalError(f"[task] max_length is {max_length}, but the model reads at most {positions} tokens.")
+
+
+def _with_factors(encoder: PreTrainedModel, plan: RunPlan) -> PeftModel:
     """The encoder with LoRA factors on the plan's targets; the pooler goes, because features are pooled here."""
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
-    depth = getattr(encoder.config, "num_hidden_layers", 0)
+    _check_length(encoder, plan.task.max_length)
+    names = target_names(encoder, plan.adapter.targets, plan.adapter.layers)
     chosen = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        target_modules=list(adapter.targets),
-        layers_to_transform=layer_numbers(adapter.layers, depth),
+        r=plan.adapter.rank,
+        lora_alpha=plan.adapter.alpha,
+        target_modules="|".join(re.escape(name) for name in names),  # these and no others
+        fan_in_fan_out=any(isinstance(encoder.get_submodule(name), Conv1D) for name in names),
         lora_dropout=0.0,
         bias="none",
         task_type="FEATURE_EXTRACTION",
     )
-    try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, about its own calls
-            adapted = get_peft_model(encoder, chosen)
-    except ValueError:  # peft: nothing matched, or something that LoRA does not know
-        wanted = ", ".join(adapter.targets)
-        raise LocalError(f"[adapter] targets ({wanted}) match no linear layer of this model.") from None
-    _check_layers(adapted, adapter)
+    with warnings.catch_warnings(action="ignore"):  # peft's, about its own calls and about models with both layouts
+        adapted = get_peft_model(encoder, chosen)
+    _check_layers(adapted, plan.adapter.rank)
     return adapted
 
 
-def _check_layers(encoder: PeftModel, adapter: Adapter) -> None:
+def _check_layers(encoder: PeftModel, rank: int) -> None:
     names_of: dict[int, str] = {}
     for name, parameter in encoder.named_parameters(remove_duplicate=False):
         first = names_of.setdefault(id(parameter), name)
-        if first != name and any(".base_layer." in tied for tied in (first, name)):
+        if first != name and any(part in tied for tied in (first, name) for part in (".base_layer.", ".lora_")):
             raise LocalError(f"The model ties the weights of {name} and {first}; a tied layer cannot be adapted.")
     for name, layer in _adapted_layers(encoder):
-        base = layer.get_base_layer()
-        if not isinstance(base, nn.Linear):
-            raise LocalError(f"[adapter] targets match {name}, which is a {type(base).__name__} and not linear.")
-        if adapter.rank > min(base.in_features, base.out_features):
-            size = min(base.in_features, base.out_features)
-            raise LocalError(f"[adapter] rank is {adapter.rank}, but {name} has only {size} dimensions.")
+        if rank > (size := min(layer.in_features, layer.out_features)):
+            raise LocalError(f"[adapter] rank is {rank}, but {name} has only {size} dimensions.")
 
 
 def _adapted_layers(encoder: PeftModel) -> list[tuple[str, Any]]:

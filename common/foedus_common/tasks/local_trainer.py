@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, RoundPlan
 from foedus_common.randomness import RandomBytes
+from foedus_common.tasks.head import HEAD
 from foedus_common.tasks.per_example import PerExampleGradients
 from foedus_common.tasks.plain_training import plain_update
 from foedus_common.tasks.private_training import AdapterGradients, ClippedSum, HeadGradients, private_update
+from foedus_common.tasks.targets import blocks
 from foedus_common.tasks.text_classification import Progress, TextClassifier, no_progress
 
 
@@ -68,20 +74,59 @@ class LocalTrainer:
 
 def check_spec(classifier: TextClassifier, agreed: AgreedPlan) -> None:
     """Raises LocalError unless the loaded model has the adapter that was agreed, in the agreed layout, and, under DP,
-    uses every trained layer exactly once for each example."""
+    computes each row by itself."""
     if classifier.spec.digest().hex() != agreed.spec_sha256:
         raise LocalError("The model does not give the adapter that the plan describes; compare the model's hash.")
     for number, (phase, parts) in enumerate(zip(agreed.plan.phase, agreed.trained, strict=True), start=1):
         if classifier.spec.parts(phase.train) != parts:
             raise LocalError(f"The plan's layout of the trained vector in phase {number} is not this model's.")
-    if agreed.plan.privacy.on and any(phase.train == "adapter" for phase in agreed.plan.phase):
-        check_layers(classifier)
+    if agreed.plan.privacy.on:
+        check_rows_apart(classifier)
+        if any(phase.train == "adapter" for phase in agreed.plan.phase):
+            check_layers(classifier)
+
+
+def check_rows_apart(classifier: TextClassifier) -> None:
+    """Raises LocalError, naming the layer, when a row's features depend on another row of its batch: then no bound on
+    one row's gradient would bound what that row does."""
+    for name, module in classifier.encoder.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise LocalError(f"{name} is batch norm, which mixes rows; this model cannot be trained under DP.")
+    stack = {name: block for name, (_, block) in blocks(classifier.encoder).items()}
+    places = {"the embeddings": classifier.encoder.get_input_embeddings(), **stack}
+    passed: dict[str, torch.Tensor] = {}
+    with ExitStack() as watching:
+        for name, module in places.items():
+            watching.enter_context(module.register_forward_hook(_keep(name, passed)))
+        features = classifier.pooled(*_twins(classifier))
+    direction = torch.linspace(-1, 1, features.shape[1], device=features.device)
+    gradients = torch.autograd.grad(features[0] @ direction, list(passed.values()), allow_unused=True)
+    after = ""
+    for name, gradient in reversed(list(zip(passed, gradients, strict=True))):
+        if gradient is not None and gradient[1].any():
+            raise LocalError(f"The model mixes rows {after or f'after {name}'}; it cannot be trained under DP.")
+        after = f"in {name}"
+
+
+def _keep(name: str, passed: dict[str, torch.Tensor]) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        passed[name] = hidden if hidden.requires_grad else hidden.requires_grad_(True)
+
+    return hook
 
 
 def check_layers(classifier: TextClassifier) -> None:
-    """Raises LocalError, naming the layer, when a trained factor is unused, used twice, or mixes examples."""
-    names = {tensor.name for tensor in classifier.spec.trained("adapter")}
-    probe = classifier.encode([("a", None)])
-    with PerExampleGradients({n: m for n, m in classifier.factors.items() if n in names}) as gradients:
-        classifier.pooled(*probe.inputs(np.arange(1)))
-        gradients.check_each_used_once()
+    """Raises LocalError, naming the layer, unless the model uses every trained factor once for each row: it must be
+    used, not used again, not be out of the gradient's reach, and see one row per example."""
+    names = [tensor.name for tensor in classifier.spec.trained("adapter") if tensor.name != HEAD]
+    with PerExampleGradients({name: classifier.factors[name] for name in names}) as gradients:
+        features = classifier.pooled(*_twins(classifier))
+        collected = gradients.backward(features, torch.ones_like(features))
+    for name, of_each in collected.items():
+        if len(of_each) != 2:
+            raise LocalError(f"{name} does not see one row per example; it cannot be trained under DP.")
+
+
+def _twins(classifier: TextClassifier) -> tuple[torch.Tensor, torch.Tensor]:
+    return classifier.encode([("a", None)] * 2).inputs(np.arange(2))

@@ -20,17 +20,17 @@ ForwardHook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torc
 
 
 class PerExampleGradients:
-    """While it is open, a backward pass through `modules` leaves each example's gradient in `collected`.
+    """Open around one forward and one backward pass through `modules`.
 
     modules: bias-free linear layers by name, each applied exactly once in a forward pass, to (n, tokens, in). No
     parameter needs requires_grad: the graph starts at the first of these layers.
-    collected: per name float32 (n, out, in) (float64 for a float64 model); taken out by the caller between passes.
     """
 
     def __init__(self, modules: Mapping[str, nn.Linear]) -> None:
-        self.collected: dict[str, torch.Tensor] = {}
         self._modules = modules
         self._seen: set[str] = set()
+        self._going_back = False
+        self._collected: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> PerExampleGradients:
@@ -45,20 +45,26 @@ class PerExampleGradients:
             handle.remove()
         self._handles.clear()
 
-    def take(self) -> dict[str, torch.Tensor]:
-        """The gradients of the last backward pass, and ready for the next one."""
-        taken, self.collected, self._seen = self.collected, {}, set()
-        return taken
+    def backward(self, outputs: torch.Tensor, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Go back from `outputs` (n, ...) with the loss's gradient by them; each example's gradient by each layer's
+        weight, float32 (n, out, in) (float64 for a float64 model), in the order of `modules`.
 
-    def check_each_used_once(self) -> None:
-        """Raises LocalError, naming the layer, unless the forward pass since `take` used every layer (a layer that is
-        used twice is refused when it happens)."""
-        unused = [name for name in self._modules if name not in self._seen]
-        if unused:
-            raise LocalError(f"[adapter] targets match {unused[0]}, which the model never uses; name other targets.")
+        Raises LocalError, naming the layer, when one was not used or no gradient comes to it: its own are then not zero
+        but unknown.
+        """
+        self._going_back = True
+        torch.autograd.backward(outputs, gradient)
+        for name in self._modules:
+            if name not in self._seen:
+                raise LocalError(f"[adapter] targets match {name}, which the model never uses; name other targets.")
+            if name not in self._collected:
+                raise LocalError(f"No gradient comes to {name}, as if it were frozen; it cannot be trained under DP.")
+        return {name: self._collected[name] for name in self._modules}
 
     def _watch(self, name: str) -> ForwardHook:
         def forward(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            if self._going_back:  # gradient checkpointing repeats the forward pass for what it did not keep
+                return output if output.requires_grad else output.requires_grad_(True)
             if name in self._seen:
                 raise LocalError(f"The model uses {name} more than once (tied weights); it cannot be trained under DP.")
             if output.dim() != 3:
@@ -75,4 +81,4 @@ class PerExampleGradients:
     def _collect(self, name: str, gradient: torch.Tensor, entered: torch.Tensor) -> None:
         # Autocast may hand both over in bfloat16: the sum over tokens is formed in float32 at least.
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        self.collected[name] = torch.bmm(gradient.to(wide).transpose(1, 2), entered.to(wide))
+        self._collected[name] = torch.bmm(gradient.to(wide).transpose(1, 2), entered.to(wide))

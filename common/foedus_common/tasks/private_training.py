@@ -118,30 +118,27 @@ class AdapterGradients:
         totals = {HEAD: torch.zeros_like(head)}
         for name in self._names:
             totals[name] = torch.zeros_like(classifier.factors[name].weight, dtype=torch.float64)
-        with PerExampleGradients({name: classifier.factors[name] for name in self._names}) as gradients:
-            for batch in self._rows.batches(rows):
-                self._add(batch, head, gradients, totals)
+        for batch in self._rows.batches(rows):
+            for name, total in self._sums(batch, head).items():
+                totals[name] += total
         return np.concatenate([totals[t.name].flatten().cpu().numpy() for t in spec.trained("adapter")])
 
-    def _add(
-        self,
-        batch: NDArray[np.int64],
-        head: torch.Tensor,
-        gradients: PerExampleGradients,
-        totals: dict[str, torch.Tensor],
-    ) -> None:
-        features = self._classifier.pooled(*self._rows.inputs(batch))
-        labels = torch.from_numpy(self._rows.labels[batch]).to(features.device)
-        wide = features.detach().double()
-        errors = softmax_errors(wide, head, labels)
-        torch.autograd.backward(features, (errors @ head).to(features.dtype))
-        collected = {name: value.flatten(1).double() for name, value in gradients.take().items()}
+    def _sums(self, batch: NDArray[np.int64], head: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One physical batch's share of each total, float64."""
+        with PerExampleGradients({name: self._classifier.factors[name] for name in self._names}) as gradients:
+            features = self._classifier.pooled(*self._rows.inputs(batch))
+            labels = torch.from_numpy(self._rows.labels[batch]).to(features.device)
+            wide = features.detach().double()
+            errors = softmax_errors(wide, head, labels)
+            collected = gradients.backward(features, (errors @ head).to(features.dtype))
+        flat = {name: value.flatten(1).double() for name, value in collected.items()}
         squared = self._head_scale**2 * _squared_norms(errors) * _squared_norms(wide)
-        squared = squared + self._factor_scale**2 * sum(_squared_norms(value) for value in collected.values())
+        squared = squared + self._factor_scale**2 * sum(_squared_norms(value) for value in flat.values())
         factor = clip_factors(squared, self._clip)
-        totals[HEAD] += self._head_scale * (_weighted(errors, factor).T @ _finite(wide))
-        for name, value in collected.items():
-            totals[name] += self._factor_scale * (factor @ _finite(value)).view_as(totals[name])
+        sums = {HEAD: self._head_scale * (_weighted(errors, factor).T @ _finite(wide))}
+        for name, value in flat.items():
+            sums[name] = self._factor_scale * (factor @ _finite(value)).view_as(collected[name][0])
+        return sums
 
 
 def softmax_errors(features: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

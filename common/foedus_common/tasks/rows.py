@@ -1,7 +1,8 @@
 """Rows of text as token ids, in batches whose padding never depends on which other rows are in the batch.
 
-A row is padded to a multiple of four tokens of its own length. So what is computed for it does not change when another
-row joins or leaves the data (which the privacy proof supposes), and little is spent on padding.
+A row is padded behind its end, whatever side its tokenizer would take, to a multiple of four tokens of its own length.
+So what is computed for it does not change when another row joins or leaves the data (which the privacy proof supposes),
+a decoder never sees padding before text, and little is spent on it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from foedus_common.plan import Task
 TOKENS_PER_BATCH = 2048
 """How many tokens go through the encoder at once: enough to keep a core busy, few enough to stay in its cache."""
 
+PADDING = 0
+"""The token that stands behind a row's end. It is masked, so any will do; not every tokenizer names one, and some name
+one that the model does not have."""
+
 _MULTIPLE = 4
 
 
@@ -37,7 +42,6 @@ class EncodedRows:
     tokens: list[NDArray[np.int64]]
     labels: NDArray[np.int64]
     padded: NDArray[np.int64]
-    pad: int
     features: dict[bytes, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -53,7 +57,7 @@ class EncodedRows:
     def inputs(self, batch: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask of one such group, both int64 (n, length)."""
         length = int(self.padded[batch[0]])
-        ids = np.full((len(batch), length), self.pad, np.int64)
+        ids = np.full((len(batch), length), PADDING, np.int64)
         mask = np.zeros((len(batch), length), np.int64)
         for place, row in enumerate(batch):
             tokens = self.tokens[row]
@@ -83,7 +87,7 @@ def encode_rows(tokenizer: Any, task: Task, rows: Sequence[tuple[str, str | None
     labels = np.array([index[label] for _, label in rows], np.int64)
     texts = [text for text, _ in rows]
     ids = tokenizer(texts, truncation=True, max_length=task.max_length)["input_ids"] if texts else []
-    tokens = [np.array(row, np.int64) for row in ids]
-    lengths = np.array([max(1, len(row)) for row in tokens], np.int64)
+    tokens = [np.array(row or [PADDING], np.int64) for row in ids]  # a row without any token still has a last one
+    lengths = np.array([len(row) for row in tokens], np.int64)
     padded = np.minimum(-(-lengths // _MULTIPLE) * _MULTIPLE, task.max_length)
-    return EncodedRows(tokens, labels, padded, tokenizer.pad_token_id or 0)
+    return EncodedRows(tokens, labels, padded)

@@ -1,8 +1,8 @@
-"""Text classification: an encoder's pooled features under a linear softmax head.
+"""Text classification: a text model's pooled features under a linear softmax head.
 
-A row's feature vector is the mean of its tokens' last hidden states (or the first token's), scaled to unit norm, with
-the constant 0.3 appended; the head is one matrix over it. Bounded features keep one row's gradient near the clipping
-bound, and the same features serve both phases, so the head that the first one trained carries over.
+A row's feature vector is the mean of its tokens' last hidden states (or the first or last token's), scaled to unit
+norm, with the constant 0.3 appended; the head is one matrix over it. Bounded features keep one row's gradient near the
+clipping bound, and the same features serve both phases, so the head that the first one trained carries over.
 Knows nothing of privacy or of optimisation.
 """
 
@@ -74,6 +74,8 @@ class TextClassifier:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self._task.pooling == "cls":
             pooled = hidden[:, 0]
+        elif self._task.pooling == "last":
+            pooled = hidden[torch.arange(len(hidden), device=self.device), mask.sum(dim=1) - 1]
         else:
             weights = mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

@@ -1,6 +1,6 @@
 """An adapter as a folder that anyone can use without us: PEFT files, the head, the labels, and a card.
 
-The card states what the adapter cost in privacy and holds the eight lines that load and use it with torch, safetensors,
+The card states what the adapter cost in privacy and holds the nine lines that load and use it with torch, safetensors,
 transformers and peft alone; a test runs them. Writes files only: no torch, no store, no run is known here.
 """
 
@@ -132,17 +132,22 @@ is this one:
 
 
 def usage(folder: str, base: str, task: Task) -> str:
-    """The eight lines. The mean's divisor drops out, because the features are scaled to unit norm."""
+    """The nine lines. The mean's divisor drops out, because the features are scaled to unit norm."""
     hidden = "encoder(**batch).last_hidden_state"
-    pooled = f'({hidden} * batch["attention_mask"][..., None]).sum(1)' if task.pooling == "mean" else f"{hidden}[:, 0]"
+    pooled = {
+        "mean": f'({hidden} * batch["attention_mask"][..., None]).sum(1)',
+        "cls": f"{hidden}[:, 0]",
+        "last": f'{hidden}[torch.arange(len(texts)), batch["attention_mask"].sum(1) - 1]',
+    }
     return f"""\
 import json, safetensors.torch, torch, transformers, peft
 base, folder, texts = {json.dumps(base)}, {json.dumps(folder)}, ["a text", "another text"]
-tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="right")
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 encoder = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), folder).eval()
 head, labels = safetensors.torch.load_file(f"{{folder}}/head.safetensors"), json.load(open(f"{{folder}}/labels.json"))
 batch = tokenizer(texts, padding=True, truncation=True, max_length={task.max_length}, return_tensors="pt")
-features = torch.nn.functional.normalize({pooled})
+features = torch.nn.functional.normalize({pooled[task.pooling]})
 print([labels[best] for best in (features @ head["weight"].T + head["bias"]).argmax(1)])"""
 
 

@@ -21,8 +21,7 @@ from foedus_common.privacy.noise import noised_sum
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks import rows as rows_module
 from foedus_common.tasks.encoder import HEAD
-from foedus_common.tasks.local_trainer import LocalTrainer, check_layers
-from foedus_common.tasks.per_example import PerExampleGradients
+from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.private_training import (
     AdapterGradients,
     HeadGradients,
@@ -366,15 +365,3 @@ def test_a_plan_for_another_adapter_is_refused(
 def test_no_rows_are_refused(classifier: TextClassifier, agreed: AgreedPlan) -> None:
     with pytest.raises(LocalError, match="no rows"):
         LocalTrainer(classifier, agreed, [])
-
-
-def test_layers_that_mix_examples_or_are_unused_are_refused(classifier: TextClassifier) -> None:
-    check_layers(classifier)
-    ids, mask = classifier.encode([("eye", None)]).inputs(np.arange(1))
-    with PerExampleGradients({"spare": torch.nn.Linear(2, 2, bias=False)}) as gradients:
-        classifier.pooled(ids, mask)
-        with pytest.raises(LocalError, match="spare, which the model never uses"):
-            gradients.check_each_used_once()
-    flat = torch.nn.Linear(2, 2, bias=False)
-    with PerExampleGradients({"flat": flat}), pytest.raises(LocalError, match="flat does not see one row per example"):
-        flat(torch.zeros(3, 2))

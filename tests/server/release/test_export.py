@@ -23,6 +23,7 @@ from foedus_common.tasks.encoder import encoder_spec
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_server.release.evaluate import HeldOut
 from foedus_server.release.export import Facts, card, export, peft_config
+from tiny_families import FAMILIES, write_family
 from tiny_model import HIDDEN, LABELS, rows, tiny_agreed, without_dp, write_tiny_model
 
 FACTS = Facts(("north", "lakeside", "st-mary"), 4, 7.91, 7.91)
@@ -36,7 +37,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _agreed(model: Path, pooling: str = "mean") -> AgreedPlan:
     """Some rows are longer than max_length, so that cutting them is tested as well."""
-    return tiny_agreed(model, model__name=NAME, run__name=f"by-{pooling}", task__pooling=pooling, task__max_length=8)
+    targets = ["c_attn"] if pooling == "last" else ["query", "value"]
+    return tiny_agreed(
+        model,
+        model__name=NAME,
+        run__name=f"by-{pooling}",
+        task__pooling=pooling,
+        task__max_length=8,
+        adapter__targets=targets,
+    )
 
 
 def _adapter(spec: AdapterSpec) -> Tensors:
@@ -71,28 +80,35 @@ print(json.dumps(results))
 """
 
 
-def _eight_lines(card: str) -> str:
+def _lines(card: str) -> str:
     (code,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
-    assert len(code.splitlines()) == 8
+    assert len(code.splitlines()) == 9
     return code
 
 
-def test_the_cards_own_eight_lines_predict_what_we_predict(model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whose tokenizer has no padding token, and whose linear layers are stored transposed."""
+    (family,) = (family for family in FAMILIES if family.name == "gpt2")
+    return write_family(family, tmp_path_factory.mktemp("decoder") / NAME)
+
+
+def test_the_cards_own_lines_predict_what_we_predict(model: Path, decoder: Path, tmp_path: Path) -> None:
     data = rows(24)
     expected = []
-    for pooling in ("mean", "cls"):
-        agreed = _agreed(model, pooling)
-        spec = encoder_spec(model, agreed.plan)
+    for pooling, base in (("mean", model), ("cls", model), ("last", decoder)):
+        agreed = _agreed(base, pooling)
+        spec = encoder_spec(base, agreed.plan)
         adapter = _adapter(spec)
         export(tmp_path / agreed.plan.run.name, agreed, spec, adapter, FACTS)
         text = (tmp_path / agreed.plan.run.name / "README.md").read_text(encoding="utf-8")
-        (tmp_path / f"{pooling}.py").write_text(_eight_lines(text), encoding="utf-8")
-        held_out = HeldOut(TextClassifier.load(model, agreed.plan, dtype="float32"), agreed, data)
+        lines = _lines(text).replace(f'"{NAME}"', f'"{base}"')
+        (tmp_path / f"{pooling}.py").write_text(lines, encoding="utf-8")
+        held_out = HeldOut(TextClassifier.load(base, agreed.plan, dtype="float32"), agreed, data)
         expected.append(held_out.probabilities(adapter).numpy())
     (tmp_path / "texts.json").write_text(json.dumps([row[0] for row in data]))
-    (tmp_path / NAME).symlink_to(model)
     done = subprocess.run(
-        [sys.executable, "-I", "-c", _OUTSIDER, "texts.json", "mean.py", "cls.py"],
+        [sys.executable, "-I", "-c", _OUTSIDER, "texts.json", "mean.py", "cls.py", "last.py"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -172,7 +188,7 @@ def test_a_plans_words_cannot_break_out_of_the_card(model: Path) -> None:
     text = card(agreed, encoder_spec(model, agreed.plan), FACTS)
     assert r"Purpose: # Not a heading \<script\>alert(1)\</script\> \| !\[\](https://tracker)" in text
     assert 'base_model: "x\\", \\"y\\"]; import os #"' in text
-    compile(_eight_lines(text), "card", "exec")
+    compile(_lines(text), "card", "exec")
     assert 'base, folder, texts = "x\\", \\"y\\"]; import os #", "icd-chapters", ' in text
 
 
