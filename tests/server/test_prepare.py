@@ -111,7 +111,7 @@ def test_seed_and_name_both_matter() -> None:
 @pytest.mark.parametrize(
     ("adapter", "said"),
     [
-        ('targets = ["qeury"]', "[adapter] targets (qeury) match no linear layer of this model."),
+        ('targets = ["qeury"]', "[adapter] targets has 'qeury', which matches no linear layer"),
         ("rank = 17", "[adapter] rank is 17"),
         ('layers = "9"', "the layers 0 to 1"),
         ("rnak = 2", "did you mean 'rank'?"),
