@@ -83,3 +83,15 @@ def agreed_plan(**changes: Any) -> AgreedPlan:
         spec_sha256="b" * 64,
         first_adapter_sha256="c" * 64,
     )
+
+
+def by_site() -> dict[str, Any]:
+    """Changes that make the site the plan's unit of privacy; further changes go on top."""
+    return {
+        "privacy__unit": "site",
+        "privacy__divisor": None,
+        "phase__0__sampling_rate": None,
+        "phase__0__batch_size": 8,
+        "phase__1__sampling_rate": None,
+        "phase__1__batch_size": 8,
+    }

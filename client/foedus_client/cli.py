@@ -32,6 +32,7 @@ from foedus_common.identity import fingerprint
 from foedus_common.link.transport import TlsIdentity
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
+from foedus_common.privacy import accounting
 from foedus_common.randomness import system_random
 from foedus_common.terminal import Json, console, print_facts, print_json, print_table
 
@@ -333,8 +334,11 @@ def plans(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         return print_json(rows)
     print_table(
-        ["run", "plan", "state", "dataset", "epsilon", "rounds", "purpose"],
-        [(r["run"], r["name"], r["state"], r["dataset"], r["epsilon"], r["rounds"], r["purpose"]) for r in rows],
+        ["run", "plan", "state", "dataset", "epsilon", "central", "rounds", "purpose"],
+        [
+            (r["run"], r["name"], r["state"], r["dataset"], r["epsilon"], r["central"], r["rounds"], r["purpose"])
+            for r in rows
+        ],
         "No plan has arrived yet.",
     )
     for row in rows:
@@ -356,10 +360,18 @@ def _plan_row(acting: Administrator, stored: StoredPlan) -> dict[str, Any]:
         "decided_by": stored.decided_by,
         "dataset": agreed.plan.data.name,
         "epsilon": round(commitment.epsilon(delta), 4) if commitment.private else "none: no privacy",
+        "central": _central(agreed, delta),
         "rounds": agreed.plan.rounds,
         "digest": stored.digest.hex(),
         "reasons": acting.approval().reasons(agreed) if stored.state == "pending" else (),
     }
+
+
+def _central(agreed: AgreedPlan, delta: float) -> str:
+    """Epsilon of the plan's own unit of privacy while secure aggregation holds."""
+    if not agreed.plan.privacy.on:
+        return "-"
+    return f"{accounting.epsilon(accounting.events_of(agreed, 'central'), delta):.4g} per {agreed.plan.privacy.unit}"
 
 
 @app.command()

@@ -15,13 +15,15 @@ from typing import Literal
 from foedus_client.accounts import Account, Budget, Commitment, beyond
 from foedus_common.errors import LocalError
 from foedus_common.plan import TRAINER_VERSION, AgreedPlan
+from foedus_common.privacy import accounting
 
 
 @dataclass(frozen=True)
 class SitePolicy:
     """`[policy]` of site.toml. Raises LocalError for values that cannot be.
 
-    max_epsilon_per_run, max_epsilon_lifetime: epsilon_local at `delta`, the latter per dataset. min_sites: the least
+    max_epsilon_per_run, max_epsilon_lifetime: epsilon_local of one row at `delta`, the latter per dataset; whatever a
+    plan's unit of privacy is, for runs of both units may use the same rows. min_sites: the least
     that a plan may allow in a sum. must_include: other organisations; at least as many of their sites as there are
     names have to be in every sum. base_models: manifest hashes; empty for every model that was added here.
     allow_without_privacy: lets plans with unit = "none" in, which no cap can hold.
@@ -140,7 +142,7 @@ def _about_privacy(agreed: AgreedPlan, policy: SitePolicy, account: Account | No
         return
     privacy = agreed.plan.privacy
     if privacy.epsilon is not None and privacy.delta is not None:
-        truth = commitment.epsilon(privacy.delta)
+        truth = accounting.epsilon(accounting.events_of(agreed, "central"), privacy.delta)
         if truth > privacy.epsilon:
             stated = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
             yield f"The plan says {stated}, but its noise gives {truth:.4g}."

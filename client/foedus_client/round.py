@@ -24,6 +24,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from foedus_client.accounts import Commitment
 from foedus_client.approval import Approval
 from foedus_client.ledger import Ledger
 from foedus_client.policy import SitePolicy
@@ -32,15 +33,18 @@ from foedus_common.clock import Clock
 from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason, RemoteError
 from foedus_common.identity import Roster, SignedPlan
 from foedus_common.objects import ObjectRef, ObjectStore
-from foedus_common.plan import AgreedPlan, RoundPlan, half_range, parse_agreed_plan, schedule
+from foedus_common.plan import AgreedPlan, RoundPlan, parse_agreed_plan, schedule
+from foedus_common.privacy.site_level import noised_update
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.effects import Abort, Erase, Persist, Send
+from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.masks import Words
 from foedus_common.protocol.site_session import SiteSession
 from foedus_common.protocol.site_stages import Advertised, Agreed, Finished, Masked, Shared, SiteState
 from foedus_common.protocol.thresholds import PeerRule
 from foedus_common.randomness import RandomBytes
+from foedus_common.ranges import half_range
 from foedus_common.terms import protocol_roster, round_terms
 
 logger = logging.getLogger(__name__)
@@ -126,6 +130,7 @@ class SiteRounds:
         agreed = SignedPlan(proposal.plan, proposal.plan_signature).verify(roster.plan_key)
         if (agreed.run_id, agreed.digest()) != (header.run_id, header.binding):
             raise RemoteError(Reason.CONFIG_MISMATCH, "the proposal's envelope names another plan than it carries")
+        Commitment.of(agreed)  # refuses noise that cannot be drawn before anybody is shown the plan
         site.store.put_plan(agreed.digest(), agreed.run_id, proposal.plan, proposal.plan_signature)
         return agreed
 
@@ -188,7 +193,7 @@ class SiteRounds:
         update = trainer.train(path, adapter.sha256, round_plan)
         if adapter.sha256 != agreed.first_adapter_sha256:  # which another run may be starting from, too
             site.objects.delete(adapter)
-        words = terms.layout.encode(within_range(update, agreed, round_plan), site.random)
+        words = encoded(update, agreed, round_plan, terms.layout, site.random)
         vector = ObjectVectors(site.objects).store(words)
         site.ledger.release(charge, terms, vector)  # the outbox, on disk before Ready is sent
 
@@ -332,14 +337,23 @@ class SiteRounds:
         return wire.build_envelope(header, message, self._site.member.key.sign)
 
 
-def within_range(update: NDArray[np.float64], agreed: AgreedPlan, round_plan: RoundPlan) -> NDArray[np.float64]:
-    """The update as it may be encoded, float64 (d,). Noise is never truncated: under DP the range is so wide that
-    leaving it has a probability below 2^-40, and encoding refuses. Without, each coordinate is clamped to the plan's
-    `update_bound`."""
-    if agreed.plan.privacy.on:
-        return update
-    bound = half_range(agreed, round_plan, "adapter")
-    return np.clip(update, -bound, bound)
+def encoded(
+    update: NDArray[np.float64], agreed: AgreedPlan, round_plan: RoundPlan, layout: FieldLayout, random: RandomBytes
+) -> Words:
+    """The update as words that may be masked and sent.
+
+    Record: its noise is in it, in every step of training. Site: it is clipped and noised here. Noise is never
+    truncated: the range is so wide that leaving it has a probability below 2^-40, and encoding refuses. Without DP each
+    coordinate is clamped to the plan's `update_bound`.
+    """
+    match agreed.plan.privacy.unit:
+        case "record":
+            return layout.encode(update, random)
+        case "site":
+            return layout.pack(noised_update(update, agreed, round_plan, random))
+        case _:
+            bound = half_range(agreed, round_plan, "adapter")
+            return layout.encode(np.clip(update, -bound, bound), random)
 
 
 def peer_rule(policy: SitePolicy) -> PeerRule:

@@ -75,10 +75,11 @@ class Adapter:
 class Phase:
     """Some rounds that train the same part of the vector.
 
-    Under DP: `steps` Poisson-sampled steps a round at `sampling_rate`. Without: `epochs` over the rows a round, and a
-    step of `optimizer` for every `batch_size` rows, on their mean gradient; however few of them a site's memory holds
-    at once. `learning_rate` is for the adapter (in a head phase: for the head); `head_learning_rate` and `head_scale`
-    are the head's own in an adapter phase. A scale multiplies a group's gradients before the clip.
+    By the unit of privacy: "record" takes `steps` Poisson-sampled steps a round at `sampling_rate`; "none" takes
+    `epochs` over the rows a round, and a step of `optimizer` for every `batch_size` rows, on their mean gradient,
+    however few of them a site's memory holds at once; "site" takes `steps` of the latter kind. `learning_rate` is for
+    the adapter (in a head phase: for the head); `head_learning_rate` and `head_scale` are the head's own in an adapter
+    phase. A scale multiplies what is clipped, a group's gradients or its update.
     """
 
     train: Literal["head", "adapter"]
@@ -122,11 +123,11 @@ class SecureAggregation:
 
 @dataclass(frozen=True)
 class Privacy:
-    unit: Literal["record", "none"] = "record"
-    epsilon: float | None = None
+    unit: Literal["record", "site", "none"] = "record"  # what one neighbouring federation lacks
+    epsilon: float | None = None  # with unit "site", while secure aggregation holds
     delta: float | None = None
-    clip: float = 1.0  # L2 bound on one row's gradient, after the groups' scales
-    divisor: int | None = None  # rows; public, the same for every site
+    clip: float = 1.0  # L2 bound on one row's gradient, or on one site's update, after the groups' scales
+    divisor: int | None = None  # rows; public, the same for every site; of unit "record"
 
     @property
     def on(self) -> bool:
@@ -194,7 +195,7 @@ def _problems(plan: RunPlan) -> Iterator[str]:
     elif privacy.epsilon is not None or privacy.delta is not None:
         yield 'turns privacy off with unit = "none" and yet gives epsilon or delta; remove them.'
     for number, phase in enumerate(plan.phase, start=1):
-        yield from (f"{problem} (phase {number})" for problem in _phase_problems(phase, privacy.on))
+        yield from (f"{problem} (phase {number})" for problem in _phase_problems(phase, privacy.unit))
     if privacy.on and not math.isclose(sum(phase.budget_share or 0 for phase in plan.phase), 1.0, abs_tol=1e-6):
         yield "must have budget_share values that add up to 1 over its phases."
     if plan.aggregation.average_last < 1 or not 0 <= plan.aggregation.momentum < 1:
@@ -214,40 +215,53 @@ def _privacy_problems(privacy: Privacy) -> Iterator[str]:
         yield "needs [privacy] epsilon above 0 and at most 100."
     if privacy.delta is None or not 0 < privacy.delta <= 1e-3:
         yield "needs [privacy] delta above 0 and at most 0.001."
-    if privacy.divisor is None or privacy.divisor < 1:
+    if privacy.unit == "record" and (privacy.divisor is None or privacy.divisor < 1):
         yield "needs [privacy] divisor: a public number of rows by which every site divides, 1 or more."
+    if privacy.unit == "site" and privacy.divisor is not None:
+        yield 'gives [privacy] divisor, which unit = "site" does not have; remove it.'
     if not 0 < privacy.clip <= 1e6:
         yield "must have [privacy] clip above 0."
 
 
-_WITHOUT_DP = ("epochs", "batch_size", "optimizer", "weight_decay", "max_grad_norm", "warmup")
+_PLAIN_TRAINING = ("epochs", "batch_size", "optimizer", "weight_decay", "max_grad_norm", "warmup")
 
 
-def _phase_problems(phase: Phase, private: bool) -> Iterator[str]:
+def _phase_problems(phase: Phase, unit: str) -> Iterator[str]:
     if phase.rounds < 1 or phase.learning_rate <= 0:
         yield "must have rounds of 1 or more and learning_rate above 0."
     if phase.head_scale <= 0 or (phase.head_learning_rate is not None and phase.head_learning_rate <= 0):
         yield "must have head_scale and head_learning_rate above 0."
-    if private:
-        if given := [name for name in _WITHOUT_DP if getattr(phase, name) is not None]:
-            yield f"gives {', '.join(given)}, which training under DP does not have; give steps and sampling_rate."
-        if phase.decay == "cosine":
-            yield 'decays by a cosine, whose last digit differs between machines; under DP write decay = "linear".'
-        if phase.steps is None or phase.steps < 1 or phase.sampling_rate is None or not 0 < phase.sampling_rate <= 1:
-            yield "needs steps of 1 or more and sampling_rate in (0, 1]."
+    match unit:
+        case "record":
+            yield from _record_phase_problems(phase)
+        case "site":
+            if phase.epochs is not None or phase.sampling_rate is not None:
+                yield 'gives epochs or sampling_rate; with unit = "site" give steps and batch_size.'
+            if (phase.steps or 0) < 1 or (phase.batch_size or 0) < 1:
+                yield "needs steps and batch_size of 1 or more."
+        case _:
+            if phase.steps is not None or phase.sampling_rate is not None or phase.budget_share is not None:
+                yield "gives steps, sampling_rate or budget_share, which belong to DP; without it give epochs instead."
+            if (phase.epochs or 0) <= 0 or (phase.batch_size or 0) < 1:
+                yield "needs epochs above 0 and batch_size of 1 or more."
+    if unit != "none":
         if phase.budget_share is None or not 0 < phase.budget_share <= 1:
             yield "needs budget_share in (0, 1]."
         if phase.update_bound is not None:
             yield "gives update_bound, which follows from the noise under DP; remove it."
-    else:
-        if phase.steps is not None or phase.sampling_rate is not None or phase.budget_share is not None:
-            yield "gives steps, sampling_rate or budget_share, which belong to DP; without it give epochs instead."
-        if phase.epochs is None or phase.epochs <= 0 or phase.batch_size is None or phase.batch_size < 1:
-            yield "needs epochs above 0 and batch_size of 1 or more."
-        if not 0 <= (phase.warmup or 0) < 1:
-            yield "must have warmup in [0, 1): the share of the phase in which the rates rise."
-        if (phase.weight_decay or 0) < 0 or (phase.max_grad_norm is not None and phase.max_grad_norm <= 0):
-            yield "must have weight_decay of 0 or more and max_grad_norm above 0."
+    if not 0 <= (phase.warmup or 0) < 1:
+        yield "must have warmup in [0, 1): the share of the phase in which the rates rise."
+    if (phase.weight_decay or 0) < 0 or (phase.max_grad_norm is not None and phase.max_grad_norm <= 0):
+        yield "must have weight_decay of 0 or more and max_grad_norm above 0."
+
+
+def _record_phase_problems(phase: Phase) -> Iterator[str]:
+    if given := [name for name in _PLAIN_TRAINING if getattr(phase, name) is not None]:
+        yield f"gives {', '.join(given)}, which training under DP does not have; give steps and sampling_rate."
+    if phase.decay == "cosine":
+        yield 'decays by a cosine, whose last digit differs between machines; under DP write decay = "linear".'
+    if (phase.steps or 0) < 1 or not 0 < (phase.sampling_rate or 0) <= 1:
+        yield "needs steps of 1 or more and sampling_rate in (0, 1]."
 
 
 @dataclass(frozen=True)
@@ -307,7 +321,8 @@ class Part:
 class AgreedPlan:
     """A plan with what the coordinator solved and prepared for it; this is what is signed and approved.
 
-    noise_multipliers: one per phase, in units of the clipping bound; empty without DP.
+    noise_multipliers: one per phase, in units of the clipping bound; of one sum's noise, where the unit is the site of
+    that in the sum of the fewest honest sites. Empty without DP.
     trained: per phase, the trained vector's layout, in order.
     spec_sha256: digest of the AdapterSpec; first_adapter_sha256: of the first adapter's safetensors bytes.
     """
@@ -342,7 +357,8 @@ class AgreedPlan:
         settings = self.plan.phase[phase]
         if not self.noise_multipliers:
             return 0.0
-        return (settings.steps or 0) * ((settings.sampling_rate or 0) / self.noise_multipliers[phase]) ** 2
+        sums, rate = (1, 1.0) if self.plan.privacy.unit == "site" else (settings.steps, settings.sampling_rate)
+        return (sums or 0) * ((rate or 0) / self.noise_multipliers[phase]) ** 2
 
 
 def parse_agreed_plan(canonical: bytes) -> AgreedPlan:
@@ -378,29 +394,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value
-
-
-def tail(agreed: AgreedPlan) -> float:
-    """How many standard deviations no noise of the run exceeds but with probability 2^-40.
-
-    Union bound over every coordinate, release and site, with P(|N| > t sigma) <= 2 exp(-t^2 / 2).
-    """
-    releases = sum(agreed.releases(p) * agreed.size(p) for p in range(len(agreed.plan.phase)))
-    draws = releases * agreed.plan.secure_aggregation.max_sites
-    return math.sqrt(2 * (math.log(2 * draws) + 40 * math.log(2)))
-
-
-def half_range(agreed: AgreedPlan, round_plan: RoundPlan, group: Group) -> float:
-    """The largest magnitude that a coordinate of an update in `group` can have in this round, noise included.
-
-    Under DP a step moves a coordinate by lr / scale * (clamped sum + noise) / divisor, where the sum of clipped
-    gradients is clamped to +-divisor * clip (`foedus_common.privacy.noise`), so the range is public: it follows from
-    the plan alone. Without DP it is the plan's `update_bound`, to which updates are clamped.
-    """
-    settings, privacy = round_plan.settings, agreed.plan.privacy
-    if not privacy.on:
-        return settings.update_bound or 1.0
-    steps, divisor = settings.steps or 0, privacy.divisor or 1
-    noise = tail(agreed) * agreed.noise_multipliers[round_plan.phase] * privacy.clip / divisor
-    step = round_plan.learning_rate(group) / round_plan.scale(group)
-    return step * (steps * privacy.clip + math.sqrt(steps) * noise)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from foedus_common import identity
 from foedus_common.objects import ObjectRef
-from foedus_common.plan import AgreedPlan, RoundPlan, half_range
+from foedus_common.plan import AgreedPlan, RoundPlan
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.messages import Noise, RoundTerms
 from foedus_common.protocol.thresholds import Member, Roster
+from foedus_common.ranges import half_range
 
 
 def field_layout(agreed: AgreedPlan, round_plan: RoundPlan) -> FieldLayout:

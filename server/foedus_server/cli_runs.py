@@ -75,7 +75,7 @@ def plan_check(context: typer.Context, plan: PlanFile, as_json: Json = False) ->
     facts = describe(operator(context).prepare(plan).agreed)
     if as_json:
         return print_json(facts)
-    facts["epsilon"] = _short(facts["epsilon"])
+    facts |= {name: _short(facts[name]) for name in ("epsilon_local", "epsilon_central")}
     print_facts({key: value for key, value in facts.items() if key not in ("phases", "digest")})
     print_table(
         ["phase", "rounds", "numbers trained", "noise multiplier", "bytes up a round"],

@@ -23,7 +23,7 @@ from foedus_common.identity import SignedPlan
 from foedus_common.model_folder import manifest_sha256, verify
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import AgreedPlan, RunPlan, read_plan, schedule
-from foedus_common.privacy.accounting import calibrate, epsilon, events_of
+from foedus_common.privacy.accounting import View, calibrate, epsilons, event_of_phase
 from foedus_common.randomness import RandomBytes
 from foedus_common.terms import field_layout
 from foedus_server.config import Home
@@ -174,8 +174,7 @@ class Operator:
         adapter = load_adapter(self.objects.read(self.adapters(run)[-1]), spec)
         committed = self.store.runs.committed(run.run_id)
         sites = sorted({site for attempt in committed for site in attempt.survivors})
-        bound = _epsilon(agreed)
-        export(folder, agreed, spec, adapter, Facts(tuple(sites), run.rounds_done, bound, bound))
+        export(folder, agreed, spec, adapter, Facts(tuple(sites), run.rounds_done, epsilons(agreed)))
 
     def evaluate(self, run: Run, data: Path, text: str, label: str, every_round: bool) -> list[RoundScore]:
         """Accuracy of the newest adapter, or of each round's, on held-out rows; in a child process, and kept.
@@ -204,25 +203,30 @@ def describe(agreed: AgreedPlan) -> dict[str, Any]:
             "rounds": phase.rounds,
             "parameters": agreed.size(number),
             "noise_multiplier": agreed.noise_multipliers[number] if agreed.noise_multipliers else None,
+            "release": _release(agreed, number),
             "bytes_up_per_round": field_layout(agreed, next(r for r in rounds if r.phase == number)).size,
         }
         for number, phase in enumerate(plan.phase)
     ]
+    spent = epsilons(agreed)
     return {
         "name": plan.run.name,
         "digest": agreed.digest().hex(),
-        "epsilon": _epsilon(agreed),
+        "privacy_unit": plan.privacy.unit,
+        "epsilon_local": spent and spent.local,
+        "epsilon_central": spent and spent.central,
         "delta": plan.privacy.delta,
         "rounds": plan.rounds,
         "phases": phases,
     }
 
 
-def _epsilon(agreed: AgreedPlan) -> float | None:
-    """Of the whole run with its retries, at the plan's delta; None without DP. It is the local one; with several steps
-    in a round no smaller central one is claimed (docs/protocol.md section 4)."""
-    delta = agreed.plan.privacy.delta
-    return None if delta is None else epsilon(events_of(agreed), delta)
+def _release(agreed: AgreedPlan, phase: int) -> dict[str, dict[str, float]] | None:
+    """What one release of a phase costs in the plan's unit of privacy, by view."""
+    if not agreed.plan.privacy.on:
+        return None
+    views: tuple[View, ...] = ("local", "central")
+    return {view: dataclasses.asdict(event_of_phase(agreed, phase, view)) for view in views}
 
 
 def as_facts(run: Run, operator: Operator) -> dict[str, Any]:

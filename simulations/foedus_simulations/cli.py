@@ -19,6 +19,7 @@ from foedus_client.data import read_rows
 from foedus_common.errors import LocalError
 from foedus_common.model_folder import verify
 from foedus_common.plan import RunPlan, read_plan
+from foedus_common.privacy.accounting import epsilons
 from foedus_common.terminal import console, errors, print_json, print_line
 from foedus_server.commands import describe
 from foedus_simulations import figures, reports
@@ -187,6 +188,8 @@ def played(study: Study, plan_file: Path, model: Path) -> reports.Report:
     attempts = [dataclasses.asdict(attempt) for attempt in outcome.attempts]
     phases = describe(outcome.agreed)["phases"]
     rows = sum(map(len, study.shares.values()))
+    agreed = outcome.agreed
+    spent = {name: epsilons(agreed, account.runs[agreed.run_id].spent) for name, account in outcome.accounts.items()}
     return reports.Report(
         kind="simulation",
         title=f"{plan.run.name}: {len(study.shares)} simulated sites",
@@ -200,7 +203,8 @@ def played(study: Study, plan_file: Path, model: Path) -> reports.Report:
             reports.Site(
                 name=name,
                 rows=len(part),
-                epsilon=None if plan.privacy.delta is None else outcome.accounts[name].epsilon(plan.privacy.delta),
+                epsilon=each.local if (each := spent[name]) else None,
+                epsilon_central=each.central if each else None,
                 releases_without_privacy=outcome.accounts[name].releases_without_privacy,
                 accuracy_alone=compared.alone.get(name),
             )
@@ -216,6 +220,7 @@ def played(study: Study, plan_file: Path, model: Path) -> reports.Report:
         accuracy_central=compared.central,
         compared=COMPARED if study.wanted else "",
         notes=tuple(filter(None, [figures.retries(plan, attempts)])),
+        unit=plan.privacy.unit,
     )
 
 

@@ -261,6 +261,7 @@ def as_site(
         name=name,
         rows=len(rows[name]),
         epsilon=ledger["spent"] if private else None,
+        epsilon_central=ledger["spent"] if private else None,  # the record is the unit: no smaller one is claimed
         releases_without_privacy=ledger["releases_without_privacy"],
         accuracy_alone=compared.alone[name],
     )

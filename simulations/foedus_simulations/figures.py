@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from foedus_common.plan import RunPlan, schedule
-from foedus_common.privacy.accounting import GaussianSteps, epsilon
-from foedus_common.privacy.noise import accounted_multiplier
+from foedus_common.privacy.accounting import GaussianSteps, epsilon, repeated
 from foedus_simulations.reports import Round
 
 Attempts = Sequence[Mapping[str, Any]]
@@ -37,36 +36,33 @@ def rounds(
     plan: RunPlan, phases: Sequence[Mapping[str, Any]], attempts: Attempts, accuracies: Sequence[float]
 ) -> tuple[Round, ...]:
     """Each round with its accuracy, the epsilon spent up to it, and its traffic per site."""
-    played = zip(schedule(plan), committed(attempts), accuracies, _epsilon_by_round(plan, phases), strict=True)
+    spent = (_epsilon_by_round(plan, phases, view) for view in ("local", "central"))
+    played = zip(schedule(plan), committed(attempts), accuracies, *spent, strict=True)
     return tuple(
         Round(
             number=round_plan.index + 1,
             phase=round_plan.settings.train,
             accuracy=accuracy,
-            epsilon=spent,
+            epsilon=local,
+            epsilon_central=central,
             bytes_up=attempt["bytes_up"] // len(attempt["cohort"]),
             bytes_down=attempt["bytes_down"] // len(attempt["cohort"]),
         )
-        for round_plan, attempt, accuracy, spent in played
+        for round_plan, attempt, accuracy, local, central in played
     )
 
 
-def _epsilon_by_round(plan: RunPlan, phases: Sequence[Mapping[str, Any]]) -> Iterator[float | None]:
-    """epsilon_local at the plan's delta of everything up to and with each round, none of which was retried."""
+def _epsilon_by_round(plan: RunPlan, phases: Sequence[Mapping[str, Any]], view: str) -> Iterator[float | None]:
+    """Epsilon at the plan's delta of everything up to and with each round, none of which was retried."""
     delta = plan.privacy.delta
     if delta is None:
         yield from [None] * plan.rounds
         return
-    multipliers = [accounted_multiplier(each["noise_multiplier"], each["parameters"]) for each in phases]
-    steps = [0] * len(phases)
+    releases = [0] * len(phases)
     for round_plan in schedule(plan):
-        steps[round_plan.phase] += round_plan.settings.steps or 0
-        events = [
-            GaussianSteps(multiplier, phase.sampling_rate or 1.0, taken)
-            for multiplier, phase, taken in zip(multipliers, plan.phase, steps, strict=True)
-            if taken
-        ]
-        yield epsilon(events, delta)
+        releases[round_plan.phase] += 1
+        of_phases = zip(phases, releases, strict=True)
+        yield epsilon([repeated(GaussianSteps(**each["release"][view]), count) for each, count in of_phases], delta)
 
 
 def retries(plan: RunPlan, attempts: Attempts) -> str:

@@ -114,8 +114,9 @@ def _key_figures(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "ε none", "no differential privacy", "warning"
     else:
         most = max(site.epsilon or 0.0 for site in report.sites)
-        words = f"spent per record at most; budget {report.epsilon_budget:g}, δ {tiny(report.delta)}"
-        yield f"ε {most:.2f}", words, ""
+        central = max(site.epsilon_central or 0.0 for site in report.sites)
+        budget = f"budget {report.epsilon_budget:g}, δ {tiny(report.delta)}"
+        yield f"ε {central:.2f}", f"central, per {report.unit}, at most; {most:.2f} local; {budget}", ""
     yield duration(report.seconds_total), f"in all, {len(report.rounds)} rounds", ""
 
 
@@ -190,18 +191,19 @@ def _privacy(report: Report) -> str:
             "privacy. Only the secure sums stood between an update and the coordinator.</p>"
         )
     svg = charts.lines(
-        f"Epsilon spent by round, ending at {spent(report.rounds[-1].epsilon)} of {report.epsilon_budget:g}",
-        [Series("spent", [played.epsilon or 0.0 for played in report.rounds], "plain")],
+        f"Epsilon spent by round, ending at {spent(report.rounds[-1].epsilon_central)} of {report.epsilon_budget:g}",
+        [Series("central", [played.epsilon_central or 0.0 for played in report.rounds], "plain")],
         [Level("budget", report.epsilon_budget, "budget")],
         report.phases,
         width=HALF,
         height=270,
         room=54,
-        unit=f"ε per record, at any one {report.noun.one}",
+        unit=f"central ε per {report.unit}, at any one {report.noun.one}",
         form="{:g}".format,
     )
     caption = (
-        f"Each {report.noun.one}'s own ledger, at the end: {report.ledgers}. It holds even if everybody else colludes."
+        f"Central, while secure sums hold: {report.spent_centrally}. Local, by each {report.noun.one}'s own noise, "
+        f"even if everybody else colludes: {report.spent_locally}."
     )
     return _section(heading, svg, caption)
 
@@ -260,21 +262,23 @@ def _reading(report: Report) -> str:
     ]
     if report.private:
         sentences.append(
-            f"ε {report.epsilon_budget:g} bounds how much more likely any outcome can become because one record was "
-            f"used; smaller is safer. It is the local figure: it counts only a {report.noun.one}'s own noise."
+            f"ε {report.epsilon_budget:g} bounds how much more likely any outcome can become because one "
+            f"{report.unit} took part; smaller is safer. The local figure counts only a {report.noun.one}'s own noise, "
+            "the central one also that of others in the secure sum, where that can be claimed."
         )
     items = "".join(f"<li>{escape(words)}</li>" for words in (*sentences, *report.notes))
     return f"<h2>How to read this</h2>\n<ul>{items}</ul>"
 
 
 def _table(report: Report) -> str:
-    heads = ("round", "trains", "right", "± 1 s.e.", "ε so far", "up", "down")
+    heads = ("round", "trains", "right", "± 1 s.e.", "ε central", "ε local", "up", "down")
     rows: list[Sequence[str]] = [
         (
             str(played.number),
             played.phase,
             percent(played.accuracy),
             _points(report.standard_error(played.accuracy)),
+            spent(played.epsilon_central),
             spent(played.epsilon),
             size(played.bytes_up),
             size(played.bytes_down),

@@ -126,8 +126,9 @@ def _privacy(report: Report) -> dict[str, str]:
         released = max(site.releases_without_privacy for site in report.sites)
         return {"epsilon": f"none: each {report.noun.one}'s ledger counts {released} releases without privacy"}
     return {
-        "epsilon spent": f"{report.ledgers}  (each {report.noun.one}'s own ledger; budget {report.epsilon_budget:g})",
-        "delta": f"{tiny(report.delta)}  (per record; holds even if everybody else colludes)",
+        "epsilon_local": f"{report.spent_locally}  (own noise only: even if everybody else colludes)",
+        "epsilon_central": f"{report.spent_centrally}  (while secure sums hold; budget {report.epsilon_budget:g})",
+        "delta": f"{tiny(report.delta)}  (per {report.unit})",
     }
 
 

@@ -33,6 +33,7 @@ class Site:
     name: str
     rows: int  # for training
     epsilon: float | None  # epsilon_local spent over the run; None without differential privacy
+    epsilon_central: float | None
     releases_without_privacy: int = 0
     accuracy_alone: float | None = None  # its own rows only; simulated, charged to nobody; None if it was not asked for
 
@@ -47,6 +48,7 @@ class Round:
     epsilon: float | None  # epsilon_local of everything released up to and with this round, at any one site
     bytes_up: int  # per site
     bytes_down: int  # per site
+    epsilon_central: float | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Report:
     commonest: float  # what always saying the held-out rows' commonest label would reach
     sites: tuple[Site, ...]
     rounds: tuple[Round, ...]
-    epsilon_budget: float | None  # None without differential privacy
+    epsilon_budget: float | None  # of the central one; None without differential privacy
     delta: float | None
     seconds_total: float
     seconds_by_stage: Mapping[str, float]
@@ -84,6 +86,7 @@ class Report:
     examples: tuple[Example, ...] = ()
     adapter: Path | None = None
     notes: tuple[str, ...] = ()  # sentences that a reader must know before believing the figures
+    unit: str = "record"  # whose privacy the epsilons bound: "record" or "site"
 
     @property
     def private(self) -> bool:
@@ -114,12 +117,20 @@ class Report:
         return (("best alone", of, max(self.alone)), ("mean alone", of, mean), ("worst alone", of, min(self.alone)))
 
     @property
-    def ledgers(self) -> str:
-        """Epsilon spent, by site; of many sites the least and the most."""
+    def spent_locally(self) -> str:
+        """epsilon_local spent, by site; of many sites the least and the most."""
+        return self._by_site([site.epsilon for site in self.sites])
+
+    @property
+    def spent_centrally(self) -> str:
+        """The same of epsilon_central."""
+        return self._by_site([site.epsilon_central for site in self.sites])
+
+    def _by_site(self, epsilons: Sequence[float | None]) -> str:
         if len(self.sites) <= FEW:
-            return ", ".join(f"{site.name} {spent(site.epsilon)}" for site in self.sites)
-        epsilons = [site.epsilon or 0.0 for site in self.sites]
-        return f"{spent(min(epsilons))} to {spent(max(epsilons))} at {len(self.sites)} {self.noun.many}"
+            return ", ".join(f"{site.name} {spent(each)}" for site, each in zip(self.sites, epsilons, strict=True))
+        known = [each or 0.0 for each in epsilons]
+        return f"{spent(min(known))} to {spent(max(known))} at {len(self.sites)} {self.noun.many}"
 
     @property
     def mean_bytes_up(self) -> float:
@@ -152,8 +163,9 @@ def figures(report: Report) -> dict[str, Any]:
         "accuracy_by_round": [played.accuracy for played in report.rounds],
         "rows": {site.name: site.rows for site in report.sites},
         "rows_held_out": report.rows_held_out,
-        "privacy": "record" if report.private else "none",
+        "privacy": report.unit if report.private else "none",
         "epsilon_local": [site.epsilon for site in report.sites],
+        "epsilon_central": [site.epsilon_central for site in report.sites],
         "epsilon_budget": report.epsilon_budget,
         "delta": report.delta,
         "releases_without_privacy": [site.releases_without_privacy for site in report.sites],
@@ -176,10 +188,12 @@ def write_rounds(report: Report, path: Path) -> None:
     """`rounds.csv`: one line a round."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("round", "phase", "accuracy", "epsilon", "bytes_up", "bytes_down"))
+        heads = ("round", "phase", "accuracy", "epsilon_local", "epsilon_central", "bytes_up", "bytes_down")
+        writer.writerow(heads)
         for played in report.rounds:
-            epsilon = "" if played.epsilon is None else played.epsilon
-            writer.writerow((played.number, played.phase, played.accuracy, epsilon, played.bytes_up, played.bytes_down))
+            epsilons = ("" if each is None else each for each in (played.epsilon, played.epsilon_central))
+            traffic = (played.bytes_up, played.bytes_down)
+            writer.writerow((played.number, played.phase, played.accuracy, *epsilons, *traffic))
 
 
 # Figures as words

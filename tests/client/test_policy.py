@@ -17,7 +17,7 @@ from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan
 from foedus_common.privacy import accounting
 from foedus_common.tables import parse
-from plans import agreed_plan
+from plans import agreed_plan, by_site
 
 MODEL = "a" * 64
 PLAN = agreed_plan()
@@ -138,3 +138,24 @@ def test_a_bare_release_ends_the_cap_only_where_policy_allows_such_releases() ->
     lax = replace(POLICY, allow_without_privacy=True)
     assert isinstance(decide(PLAN, FACTS, lax, after_a_bare_release()), Allowed)
     assert isinstance(decide(PLAN, FACTS, POLICY, after_a_bare_release()), Refused)
+
+
+def test_caps_hold_what_a_plan_by_site_can_tell_of_one_row() -> None:
+    """Its own epsilon counts on the noise of others, and on the whole site's update against none."""
+    plan = replace(agreed_plan(**by_site()), noise_multipliers=(30.0, 20.0))
+    local = Commitment.of(plan).epsilon(POLICY.delta)
+    found = accounting.epsilons(plan)
+    assert found is not None
+    assert found.central < found.local < local
+    roomy = replace(POLICY, max_epsilon_per_run=1.01 * local, max_epsilon_lifetime=1.01 * local)
+    assert isinstance(decide(plan, FACTS, roomy, FRESH), Allowed)
+    verdict = decide(plan, FACTS, replace(roomy, max_epsilon_per_run=0.99 * local), FRESH)
+    assert isinstance(verdict, Refused)
+    assert "max_epsilon_per_run" in verdict.reasons[0]
+
+
+def test_a_plan_by_site_must_keep_the_central_epsilon_that_it_states() -> None:
+    plan = replace(agreed_plan(**by_site()), noise_multipliers=(1.0, 1.0))
+    verdict = decide(plan, FACTS, replace(POLICY, max_epsilon_per_run=900.0, max_epsilon_lifetime=900.0), FRESH)
+    assert isinstance(verdict, Refused)
+    assert "its noise gives" in verdict.reasons[0]

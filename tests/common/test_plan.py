@@ -7,8 +7,9 @@ import pytest
 
 from foedus_common.canonical import canonical_json
 from foedus_common.errors import LocalError
-from foedus_common.plan import half_range, parse_agreed_plan, read_plan, schedule, tail
-from plans import agreed_plan, run_plan
+from foedus_common.plan import parse_agreed_plan, read_plan, schedule
+from foedus_common.ranges import half_range, tail
+from plans import agreed_plan, by_site, run_plan
 
 
 def test_the_agreed_plan_survives_its_own_bytes():
@@ -40,6 +41,12 @@ def test_the_digest_is_pinned():
         ({"privacy__epsilon": "eight"}, "must be a number"),
         ({"privacy__divisor": None}, "divisor"),
         ({"privacy__unit": "none"}, "turns privacy off"),
+        ({"privacy__unit": "site"}, 'which unit = "site" does not have'),
+        (by_site() | {"phase__0__epochs": 1.0}, "give steps and batch_size"),
+        (by_site() | {"phase__1__batch_size": 0}, "needs steps and batch_size"),
+        (by_site() | {"phase__1__update_bound": 1.0}, "follows from the noise"),
+        (by_site() | {"phase__1__budget_share": None}, "needs budget_share"),
+        (by_site() | {"phase__1__warmup": 1.0}, "warmup in [0, 1)"),
         ({"task__labels": ["Eye", "Eye"]}, "different labels"),
         ({"phase": []}, "no [[phase]]"),
     ],
@@ -49,6 +56,11 @@ def test_a_mistake_gets_one_sentence(changes, sentence):
         run_plan(**changes)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_by_site_survives_its_canonical_form():
+    agreed = agreed_plan(**by_site(), phase__0__optimizer="adamw", phase__0__decay="cosine")
+    assert parse_agreed_plan(agreed.canonical()) == agreed
 
 
 @pytest.mark.parametrize(

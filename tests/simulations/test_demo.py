@@ -99,13 +99,14 @@ def test_the_report_says_what_the_programs_said(name: str, tmp_path: Path) -> No
     """The programs' JSON, cut to what is read of it."""
     playing = EDITIONS[name]
     plan = filled_in(playing, tmp_path)
-    noise = 2.8 if plan.privacy.on else None
+    step = {"noise_multiplier": 2.8, "sampling_rate": 1.0, "steps": 1}
+    release = {"local": step, "central": step} if plan.privacy.on else None
     seconds = {"training": 1.0, "keys": 0.1}
     cohort = list(playing.sites)
     attempts = [
         {"state": "committed", "seconds": seconds, "cohort": cohort, "bytes_up": 30, "bytes_down": 60}
     ] * plan.rounds
-    phases = [{"noise_multiplier": noise, "parameters": 7_700 + 1_000 * number} for number in range(len(plan.phase))]
+    phases = [{"release": release, "parameters": 7_700 + 1_000 * number} for number in range(len(plan.phase))]
     example = {"text": "snoring", "label": "good", "predicted": "bad", "probability": 0.6}
     finished = demo.Finished(
         shown={"plan": {"phases": phases}, "attempts": attempts},

@@ -5,6 +5,7 @@ What the coordinator opens is compared with what the sites put into their outbox
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from foedus_client.round import ObjectVectors
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.plan import read_plan, schedule
+from foedus_common.privacy.accounting import epsilon, epsilons, events_of
 from foedus_common.protocol.masks import Words
+from foedus_common.ranges import site_grid
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_common.terms import field_layout
 from foedus_server.commands import Operator
@@ -25,7 +28,7 @@ from foedus_server.runs import _Conductor
 from foedus_simulations.corpora import Row
 from foedus_simulations.federation import Outcome, simulate
 from known_sites import step_sizes
-from plans import plan_toml
+from plans import by_site, plan_toml
 from tiny_model import LABELS, rows, write_tiny_model
 
 SITES = ("north", "east", "south")
@@ -84,6 +87,39 @@ def test_a_seed_gives_the_same_adapters_bit_for_bit_and_another_seed_gives_other
     assert all(
         one["head.weight"] != two["head.weight"] for one, two in zip(adapters(first), adapters(other), strict=True)
     )
+
+
+def test_where_the_site_is_the_unit_the_sum_has_the_noise_of_all_its_sites(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learning rate of nearly nothing, so that all that is opened is noise."""
+    opened: list[NDArray[np.float64]] = []
+    commit = _Conductor._commit
+
+    def keep_mean(self: _Conductor, round_plan: Any, attempt: Any, result: Committed) -> None:
+        opened.append(result.mean)
+        commit(self, round_plan, attempt, result)
+
+    monkeypatch.setattr(_Conductor, "_commit", keep_mean)
+    plan = tmp_path / "by-site.toml"
+    phase = {"train": "head", "rounds": 8, "learning_rate": 1e-12, "steps": 3, "batch_size": 4, "budget_share": 1.0}
+    shape = {"model__sha256": manifest_sha256(study.model), "task__labels": LABELS, "adapter__rank": 2}
+    plan.write_text(plan_toml(**{**by_site(), **shape, "phase": [phase]}))
+    outcome = simulate(plan, study.model, study.rows, 4, study.classifier)
+
+    grid = site_grid(outcome.agreed, 0)
+    step = step_sizes(outcome.agreed, schedule(outcome.agreed.plan)[0])
+    sums = np.concatenate([3 * mean / step for mean in opened])
+    assert np.abs(sums - np.rint(sums)).max() < 1e-6
+    assert sums.std() == pytest.approx(math.sqrt(3) * grid.sigma, rel=4 / math.sqrt(2 * sums.size))
+    assert grid.honest == 2  # of three survivors one may collude: its noise is more than was promised
+    for account in outcome.accounts.values():
+        released = epsilon(events_of(outcome.agreed), 1e-5)
+        assert account.epsilon(1e-5, held=True) <= released
+        assert account.releases == 8
+    found = epsilons(outcome.agreed, (8,))
+    assert found is not None
+    assert found.central < 8 < found.local < account.epsilon(1e-5)
 
 
 def test_each_opened_sum_is_the_mean_of_what_the_sites_stored(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

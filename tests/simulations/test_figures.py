@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 
-from foedus_common.plan import schedule
-from foedus_common.privacy.accounting import epsilon, event_of_round, events_of
+from foedus_common.privacy.accounting import epsilon, event_of_phase, events_of
+from foedus_server.commands import describe
 from foedus_simulations import figures
 from foedus_simulations.stopwatch import Stopwatch
 from plans import agreed_plan
 
 AGREED = agreed_plan(phase__0__rounds=2, phase__1__rounds=2, secure_aggregation__retries=0)
-PHASES = [
-    {"noise_multiplier": z, "parameters": AGREED.size(number)} for number, z in enumerate(AGREED.noise_multipliers)
-]
+PHASES = describe(AGREED)["phases"]
 
 
 def attempt(state: str = "committed", up: int = 3000) -> dict[str, Any]:
@@ -41,7 +39,7 @@ def test_epsilon_by_round_grows_and_ends_at_that_of_the_whole_run() -> None:
     spent = [played.epsilon or 0.0 for played in found]
     delta = AGREED.plan.privacy.delta or 0.0
     assert spent == sorted(spent)
-    assert spent[0] == pytest.approx(epsilon([event_of_round(AGREED, schedule(AGREED.plan)[0])], delta))
+    assert spent[0] == pytest.approx(epsilon([event_of_phase(AGREED, 0)], delta))
     assert spent[-1] == pytest.approx(epsilon(events_of(AGREED), delta))
 
 

@@ -41,11 +41,11 @@ REPORT = Report(
     noun=Noun("hospital", "hospitals"),
     rows_held_out=2000,
     commonest=0.06,
-    sites=(Site("north", 1000, 7.9, accuracy_alone=0.40), Site("south", 2000, 7.8, accuracy_alone=0.50)),
+    sites=(Site("north", 1000, 7.9, 7.9, accuracy_alone=0.40), Site("south", 2000, 7.8, 7.8, accuracy_alone=0.50)),
     rounds=(
-        Round(1, "head", 0.30, 2.0, 1000, 4000),
-        Round(2, "head", 0.55, 4.0, 1000, 4000),
-        Round(3, "adapter", 0.66, 7.9, 4000, 9000),
+        Round(1, "head", 0.30, 2.0, 1000, 4000, 2.0),
+        Round(2, "head", 0.55, 4.0, 1000, 4000, 4.0),
+        Round(3, "adapter", 0.66, 7.9, 4000, 9000, 7.9),
     ),
     epsilon_budget=8.0,
     delta=1e-5,
@@ -62,8 +62,11 @@ REPORT = Report(
 
 WITHOUT_PRIVACY = dataclasses.replace(
     REPORT,
-    sites=tuple(dataclasses.replace(site, epsilon=None, releases_without_privacy=3) for site in REPORT.sites),
-    rounds=tuple(dataclasses.replace(played, epsilon=None) for played in REPORT.rounds),
+    sites=tuple(
+        dataclasses.replace(site, epsilon=None, epsilon_central=None, releases_without_privacy=3)
+        for site in REPORT.sites
+    ),
+    rounds=tuple(dataclasses.replace(played, epsilon=None, epsilon_central=None) for played in REPORT.rounds),
     epsilon_budget=None,
     delta=None,
 )
@@ -79,11 +82,21 @@ ONLY_TOGETHER = dataclasses.replace(
 )
 
 MANY = dataclasses.replace(
-    REPORT, sites=tuple(Site(f"site-{n:03}", 10, 7.0 + n / 100, accuracy_alone=n / 100) for n in range(100))
+    REPORT,
+    sites=tuple(Site(f"site-{n:03}", 10, 7.0 + n / 100, 7.0 + n / 100, accuracy_alone=n / 100) for n in range(100)),
+)
+
+BY_SITE = dataclasses.replace(
+    REPORT,
+    sites=tuple(dataclasses.replace(site, epsilon=11.5) for site in REPORT.sites),
+    rounds=tuple(dataclasses.replace(played, epsilon=1.5 * (played.epsilon or 0.0)) for played in REPORT.rounds),
+    unit="site",
 )
 
 ALL = pytest.mark.parametrize(
-    "report", [REPORT, WITHOUT_PRIVACY, ONLY_TOGETHER, MANY], ids=["usual", "without privacy", "only together", "many"]
+    "report",
+    [REPORT, WITHOUT_PRIVACY, ONLY_TOGETHER, MANY, BY_SITE],
+    ids=["usual", "without privacy", "only together", "many", "by site"],
 )
 
 
@@ -102,6 +115,7 @@ def test_report_json_has_the_agreed_keys_and_no_other(tmp_path: Path) -> None:
         "rows_held_out": 2000,
         "privacy": "record",
         "epsilon_local": [7.9, 7.8],
+        "epsilon_central": [7.9, 7.8],
         "epsilon_budget": 8.0,
         "delta": 1e-5,
         "releases_without_privacy": [0, 0],
@@ -135,13 +149,25 @@ def test_rounds_csv_has_a_line_a_round(tmp_path: Path) -> None:
         "round": "3",
         "phase": "adapter",
         "accuracy": "0.66",
-        "epsilon": "7.9",
+        "epsilon_local": "7.9",
+        "epsilon_central": "7.9",
         "bytes_up": "4000",
         "bytes_down": "9000",
     }
     write_rounds(WITHOUT_PRIVACY, tmp_path / "rounds.csv")
     with (tmp_path / "rounds.csv").open(newline="") as file:
-        assert {line["epsilon"] for line in csv.DictReader(file)} == {""}
+        assert {line["epsilon_local"] + line["epsilon_central"] for line in csv.DictReader(file)} == {""}
+
+
+def test_where_the_site_is_the_unit_both_figures_say_so(tmp_path: Path) -> None:
+    write_json(BY_SITE, tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert (found["privacy"], found["epsilon_local"], found["epsilon_central"]) == ("site", [11.5] * 2, [7.9, 7.8])
+    screen = _screen(BY_SITE)
+    assert "north 11.50" in screen
+    assert "north 7.90" in screen
+    assert "per site" in screen
+    assert "per site" in page(BY_SITE)
 
 
 # --- The screen ---
@@ -234,8 +260,8 @@ def test_the_plot_is_as_high_as_the_accuracy() -> None:
 
 @given(rounds=st.integers(1, 400))
 def test_the_plot_fits_however_many_rounds_there_are_and_ends_with_the_last(rounds: int) -> None:
-    played = [Round(number, "head", 0.4, 1.0, 1, 1) for number in range(1, rounds)]
-    last = Round(rounds, "head", 0.9, 1.0, 1, 1)
+    played = [Round(number, "head", 0.4, 1.0, 1, 1, 1.0) for number in range(1, rounds)]
+    last = Round(rounds, "head", 0.9, 1.0, 1, 1, 1.0)
     drawn = [line.plain for line in plot(dataclasses.replace(REPORT, rounds=(*played, last)))]
     assert max(map(len, drawn)) <= 80
     assert drawn[0].endswith("█")

@@ -1,8 +1,8 @@
 """What noisy training costs in privacy: epsilon of a list of steps, and the noise that meets a plan's epsilon.
 
-Adjacency is adding or removing one row. Within a plan the answer is Google's dp-accounting PLD, pessimistic
-(Doroshenko et al., PETS 2022); Rényi curves are for composing plans that are chosen one after another, and as a
-cross-check. Knows plans and numbers; no ledger, no data.
+Adjacency is adding or removing one row or, where a plan's unit is the site, zeroing one site's updates. Within a plan
+the answer is Google's dp-accounting PLD, pessimistic (Doroshenko et al., PETS 2022); Rényi curves are for composing
+plans that are chosen one after another, and as a cross-check. Knows plans and numbers; no ledger, no data.
 
 Delta. Of every delta given here RESERVED_DELTA is set aside: 2^-40 for a noised sum that leaves its field's range
 (protocol.md section 3), and 2^-60 for the distance between the noise that is drawn and the continuous Gaussian that is
@@ -18,11 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from foedus_common.errors import LocalError
-from foedus_common.plan import AgreedPlan, Part, RoundPlan, RunPlan
-from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA, accounted_multiplier
+from foedus_common.plan import AgreedPlan, Part, RunPlan
+from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA, SMOOTHING, accounted_multiplier, grid_sigma
+from foedus_common.ranges import SiteGrid, site_grid
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -56,23 +57,67 @@ class GaussianSteps:
     steps: int
 
 
-def event_of_round(agreed: AgreedPlan, round_plan: RoundPlan) -> GaussianSteps:
-    """What one release of a round costs. Raises LocalError for a plan without privacy."""
-    return event_of_phase(agreed, round_plan.phase)
+View = Literal["row", "local", "central"]
+"""Of whom a cost tells, and against whom. row: one row of a site's data, by this site's own noise; what ledgers charge.
+local: the plan's unit of privacy, by this site's own noise, as if secure aggregation were broken. central: the plan's
+unit, while secure aggregation holds and at most `colluding` sites help the coordinator."""
 
 
-def event_of_phase(agreed: AgreedPlan, phase: int) -> GaussianSteps:
-    """What one release in a phase (number from 0) costs; all its rounds cost the same."""
+def event_of_phase(agreed: AgreedPlan, phase: int, view: View = "row") -> GaussianSteps:
+    """What one release in a phase (number from 0) costs; all its rounds cost the same.
+
+    Where the record is the unit all views are one: a round of several steps is not linear in its noise, so that no sum
+    of noises is claimed. Raises LocalError for a plan without privacy, or whose noise cannot be drawn.
+    """
     settings = agreed.plan.phase[phase]
-    if not agreed.plan.privacy.on or settings.steps is None or settings.sampling_rate is None:
-        raise LocalError(f"The plan {agreed.plan.run.name!r} has no privacy that could be accounted for.")
-    worth = accounted_multiplier(agreed.noise_multipliers[phase], agreed.size(phase))
-    return GaussianSteps(worth, settings.sampling_rate, settings.steps)
+    match agreed.plan.privacy.unit:
+        case "record":
+            if grid_sigma(agreed.noise_multipliers[phase]) < MIN_SIGMA:
+                raise LocalError(f"The plan {agreed.plan.run.name!r} has less noise in a phase than can be drawn.")
+            worth = accounted_multiplier(agreed.noise_multipliers[phase], agreed.size(phase))
+            return GaussianSteps(worth, settings.sampling_rate or 0.0, settings.steps or 0)
+        case "site":
+            return GaussianSteps(_site_multiplier(site_grid(agreed, phase), view), 1.0, 1)
+        case _:
+            raise LocalError(f"The plan {agreed.plan.run.name!r} has no privacy that could be accounted for.")
 
 
-def events_of(agreed: AgreedPlan) -> list[GaussianSteps]:
+def _site_multiplier(grid: SiteGrid, view: View) -> float:
+    """Noise over distance of neighbours: a clipped update's from zero or, for one row, from any other clipped update.
+
+    The sum of `honest` discrete Gaussians is within a factor of 1 +- e^-2000 of one with the sum of their variances (as
+    in `privacy.gaussian`, with t >= 16^2 / 2); whatever other sites add is post-processing.
+    """
+    variance = grid.sigma**2 * (grid.honest if view == "central" else 1) - SMOOTHING
+    return math.sqrt(variance) / (grid.units * (2 if view == "row" else 1))
+
+
+def events_of(agreed: AgreedPlan, view: View = "row") -> list[GaussianSteps]:
     """What the whole run may cost, its retries included (`AgreedPlan.releases`)."""
-    return [repeated(event_of_phase(agreed, phase), agreed.releases(phase)) for phase in range(len(agreed.plan.phase))]
+    phases = range(len(agreed.plan.phase))
+    return [repeated(event_of_phase(agreed, phase, view), agreed.releases(phase)) for phase in phases]
+
+
+@dataclass(frozen=True)
+class Epsilons:
+    """For a plan's unit of privacy, at its delta: what reports give. See `View`."""
+
+    local: float
+    central: float
+
+
+def epsilons(agreed: AgreedPlan, releases: Sequence[int] | None = None) -> Epsilons | None:
+    """Of so many releases per phase, or else of all that the run may make; None for a plan without privacy."""
+    delta = agreed.plan.privacy.delta
+    if not agreed.plan.privacy.on or delta is None:
+        return None
+    times = [agreed.releases(phase) for phase in range(len(agreed.plan.phase))] if releases is None else releases
+
+    def of(view: View) -> float:
+        events = [repeated(event_of_phase(agreed, phase, view), count) for phase, count in enumerate(times)]
+        return epsilon(events, delta)
+
+    return Epsilons(of("local"), of("central"))
 
 
 def repeated(event: GaussianSteps, times: int) -> GaussianSteps:
@@ -126,11 +171,12 @@ def gaussian_epsilon(rho: float, delta: float) -> float:
 def calibrate(plan: RunPlan, sizes: Sequence[int]) -> tuple[float, ...]:
     """One noise multiplier per phase, so that rounds and retries together just meet the plan's epsilon from below.
 
-    sizes: d per phase. A phase gets its share of rho: its multiplier is proportional to
-    sampling_rate * sqrt(steps * rounds / share), the zCDP of a Gaussian scaled by amplification; the factor is solved
-    by PLD. Multipliers are whole grid units. The result lies within 0.2 % of epsilon and never closer than 1e-6 of
-    it, so that the arithmetic of another machine cannot find it above. Returns () for a plan without privacy; raises
-    LocalError if no noise in the sampler's range meets the plan.
+    The plan's epsilon is the central one. sizes: d per phase. A phase gets its share of rho: its multiplier is
+    proportional to sampling_rate * sqrt(steps * rounds / share), the zCDP of a Gaussian scaled by amplification (where
+    the site is the unit, of one step without sampling); the factor is solved by PLD. Multipliers are whole grid units.
+    The result lies within 0.2 % of epsilon and never closer than 1e-6 of it, so that the arithmetic of another machine
+    cannot find it above. Returns () for a plan without privacy; raises LocalError if no noise in the sampler's range
+    meets the plan.
     """
     target, delta = plan.privacy.epsilon, plan.privacy.delta
     if not plan.privacy.on or target is None or delta is None:
@@ -138,7 +184,7 @@ def calibrate(plan: RunPlan, sizes: Sequence[int]) -> tuple[float, ...]:
     usable = _usable(delta)
 
     def cost(factor: float, interval: float) -> float:
-        return _epsilon(_merged(events_of(_with_noise(plan, sizes, factor))), usable, interval)
+        return _epsilon(_merged(events_of(_with_noise(plan, sizes, factor), "central")), usable, interval)
 
     factor = _solve(lambda candidate: cost(candidate, 10 * INTERVAL), target, 1 / target)
     factor = _solve(lambda candidate: cost(candidate, INTERVAL), target, factor)
@@ -149,7 +195,8 @@ def _with_noise(plan: RunPlan, sizes: Sequence[int], factor: float) -> AgreedPla
     """The plan as it would be agreed with this factor on every phase's noise; only its accounting is meaningful."""
     multipliers = []
     for phase in plan.phase:
-        share = (phase.steps or 0) * phase.rounds / (phase.budget_share or 1.0)
+        steps = 1 if plan.privacy.unit == "site" else phase.steps or 0
+        share = steps * phase.rounds / (phase.budget_share or 1.0)
         sigma = math.ceil(factor * (phase.sampling_rate or 1.0) * math.sqrt(share) * GRID)
         if sigma > MAX_SIGMA:
             raise LocalError(

@@ -40,6 +40,11 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
+def steps_of_half_range(bits: int, max_sites: int) -> int:
+    """R: how many steps a coordinate may be off zero, so that the sum of `max_sites` stays within `bits` bits."""
+    return ((1 << bits) - 1) // (2 * max_sites)
+
+
 @dataclass(frozen=True)
 class FieldLayout:
     """How a vector of shape (d,) becomes words: b bits a field, segments of (length, half-range) in order.
@@ -64,7 +69,7 @@ class FieldLayout:
     @cached_property
     def half_range(self) -> int:
         """R: a site's coordinate is an integer in -R..R steps."""
-        return int((2**self.bits - 1) // (2 * self.max_sites))
+        return steps_of_half_range(self.bits, self.max_sites)
 
     @cached_property
     def dimension(self) -> int:

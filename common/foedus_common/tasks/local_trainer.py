@@ -48,9 +48,9 @@ class LocalTrainer:
     def train(self, adapter: Tensors, round_plan: RoundPlan, random: RandomBytes) -> NDArray[np.float64]:
         """The update of one round from `adapter`, float64 (d,), laid out as the phase's trained vector.
 
-        Under DP its noise is in it; it may be encoded and sent as it is.
+        Where the record is the unit of privacy its noise is in it; where the site is, its noise is still to come.
         """
-        if not self._agreed.plan.privacy.on:
+        if self._agreed.plan.privacy.unit != "record":
             return plain_update(self.classifier, adapter, self.rows, round_plan, random, self._progress)
         train = round_plan.settings.train
         start = self.classifier.spec.vector(adapter, train).astype(np.float64)

@@ -1,7 +1,8 @@
 """Training without differential privacy: epochs of shuffled batches by SGD or AdamW, as PEFT and torch do it alone.
 
-For plans with [privacy] unit = "none". What leaves is bounded in range (`update_bound`) and in nothing else. A batch is
-what a step of the optimiser sees; its gradient is added up over as many rows at a time as the machine holds.
+For plans with [privacy] unit = "none", whose updates are bounded in range (`update_bound`) and in nothing else, and
+with unit = "site", whose updates are clipped and noised before they leave (`foedus_common.privacy.site_level`). A batch
+is what a step of the optimiser sees; its gradient is added up over as many rows at a time as the machine holds.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def plain_update(
     random: RandomBytes,
     progress: Progress,
 ) -> NDArray[np.float64]:
-    """The update of one round, float64 (d,), each coordinate within +-update_bound.
+    """The update of one round, float64 (d,); without DP each coordinate is within +-update_bound.
 
     Batches take the rows in one shuffled order per epoch; a fraction of an epoch stops part-way. The optimiser starts
-    afresh in every round; its rates go on where the round before stopped. Raises LocalError when training diverges to
-    numbers that are not finite.
+    afresh in every round; its rates go on where the round before stopped. Without DP, raises LocalError when training
+    diverges to numbers that are not finite; under it nothing is refused that only the data decides.
     """
     settings, spec = round_plan.settings, classifier.spec
     features_of, physical = _feature_source(classifier, adapter, rows, settings.train, progress)
@@ -46,7 +47,7 @@ def plain_update(
     head = torch.nn.Parameter(torch.from_numpy(adapter[HEAD].copy()).to(classifier.device))
     weights = [classifier.factors[name].weight.requires_grad_(True) for name in names]
     optimizer = _optimizer(settings, head, weights)
-    batches = _shuffled_batches(len(rows), settings.epochs or 0.0, settings.batch_size or 1, random)
+    batches = _shuffled_batches(settings, len(rows), random)
     for done, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = round_plan.learning_rate(group["group"], done / len(batches))
@@ -65,6 +66,8 @@ def plain_update(
     trained = dict(zip([HEAD, *names], [head, *weights], strict=True))
     after = {name: value.detach().cpu().numpy() for name, value in trained.items()}
     update = spec.vector(after, settings.train).astype(np.float64) - spec.vector(adapter, settings.train)
+    if settings.steps is not None:  # the site is the unit of privacy
+        return update
     if not np.isfinite(update).all():
         raise LocalError("Training diverged: the update is not finite; lower the plan's learning_rate.")
     bound = settings.update_bound or DEFAULT_UPDATE_BOUND
@@ -91,9 +94,12 @@ def _optimizer(settings: Phase, head: torch.nn.Parameter, weights: list[torch.Te
     return make(groups, weight_decay=settings.weight_decay or 0.0)
 
 
-def _shuffled_batches(rows: int, epochs: float, size: int, random: RandomBytes) -> list[NDArray[np.int64]]:
+def _shuffled_batches(settings: Phase, rows: int, random: RandomBytes) -> list[NDArray[np.int64]]:
+    """`steps` batches, however many rows there are, or those of `epochs` over them."""
+    size = settings.batch_size or 1
+    wanted = settings.steps or max(1, round((settings.epochs or 0.0) * math.ceil(rows / size)))
     batches: list[NDArray[np.int64]] = []
-    for _ in range(math.ceil(epochs)):
+    while len(batches) < wanted:
         order = np.argsort(np.frombuffer(random(8 * rows), np.dtype("<u8")), kind="stable")
         batches += [order[start : start + size] for start in range(0, rows, size)]
-    return batches[: max(1, round(epochs * math.ceil(rows / size)))]
+    return batches[:wanted]

@@ -19,6 +19,7 @@ from safetensors import numpy as safetensors_numpy
 from foedus_common.adapters import AdapterSpec, Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, Task
+from foedus_common.privacy.accounting import Epsilons
 from foedus_common.tasks.head import head_as_linear
 
 _FACTOR = ".lora_A.weight"
@@ -29,14 +30,12 @@ _PREFIX = "base_model.model."  # peft's, before every module's own name
 class Facts:
     """What happened, for the card.
 
-    epsilon_local: of all releases of the run at any one site, at the plan's delta, as if secure aggregation were
-    broken; epsilon_central: with it. Both None for a run without DP.
+    epsilons: of all releases of the run at any one site, at the plan's delta; None for a run without DP.
     """
 
     sites: tuple[str, ...]
     rounds: int
-    epsilon_local: float | None
-    epsilon_central: float | None
+    epsilons: Epsilons | None
 
 
 def export(folder: Path, agreed: AgreedPlan, spec: AdapterSpec, adapter: Tensors, facts: Facts) -> None:
@@ -173,14 +172,15 @@ def _guarantee(agreed: AgreedPlan, facts: Facts) -> Mapping[str, str]:
     privacy = agreed.plan.privacy
     if not privacy.on:
         return {"differential privacy": "**none**"}
-    if facts.epsilon_local is None or facts.epsilon_central is None:
+    if facts.epsilons is None:
         raise ValueError("a run with differential privacy has both epsilons")
+    local, central = facts.epsilons.local, facts.epsilons.central
     return {
         "privacy unit": f"one {privacy.unit}",
-        "epsilon_local": f"{facts.epsilon_local:.3f} (secure aggregation assumed broken: one site's own noise only)",
-        "epsilon_central": f"{facts.epsilon_central:.3f} (secure aggregation holds)",
+        "epsilon_local": f"{local:.3f} (secure aggregation assumed broken: one site's own noise only)",
+        "epsilon_central": f"{central:.3f} (secure aggregation holds)",
         "delta": f"{privacy.delta:g}",
-        "adjacency": f"adding or removing one {privacy.unit}",
+        "adjacency": "adding or removing one record" if privacy.unit == "record" else "zeroing one site's updates",
     }
 
 

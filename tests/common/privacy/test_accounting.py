@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from foedus_common.errors import LocalError
-from foedus_common.plan import AgreedPlan, schedule
+from foedus_common.plan import AgreedPlan
 from foedus_common.privacy import accounting
 from foedus_common.privacy.accounting import (
     ORDERS,
@@ -26,7 +26,7 @@ from foedus_common.privacy.accounting import (
     calibrate,
     epsilon,
     epsilon_of_rdp,
-    event_of_round,
+    event_of_phase,
     events_of,
     gaussian_epsilon,
     rdp,
@@ -127,7 +127,7 @@ def test_every_release_of_the_run_is_counted_with_the_noise_it_is_worth() -> Non
     head, adapter = events_of(agreed)
     assert head == GaussianSteps(accounted_multiplier(13.1, 60), 1.0, 3 * 20)
     assert adapter == GaussianSteps(accounted_multiplier(1.0, 100), 0.17, 2 * (8 + 2))  # 2 retries, costliest here
-    assert event_of_round(agreed, schedule(agreed.plan)[27]) == dataclasses.replace(adapter, steps=2)
+    assert event_of_phase(agreed, 1) == dataclasses.replace(adapter, steps=2)
 
 
 def test_a_plan_without_privacy_has_no_events() -> None:
@@ -138,6 +138,12 @@ def test_a_plan_without_privacy_has_no_events() -> None:
     assert calibrate(plain.plan, (60,)) == ()
     with pytest.raises(LocalError, match="no privacy"):
         events_of(plain)
+
+
+@pytest.mark.parametrize("multiplier", [1e-5, 2e-4])
+def test_a_plan_with_less_noise_than_can_be_drawn_is_refused(multiplier: float) -> None:
+    with pytest.raises(LocalError, match="than can be drawn"):
+        events_of(with_multipliers((multiplier, multiplier)))
 
 
 def with_multipliers(multipliers: tuple[float, ...], **changes: object) -> AgreedPlan:

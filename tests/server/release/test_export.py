@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from foedus_common.adapters import AdapterSpec, Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan
+from foedus_common.privacy.accounting import Epsilons
 from foedus_common.tasks.encoder import encoder_spec
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_server.release.evaluate import HeldOut
@@ -26,7 +27,7 @@ from foedus_server.release.export import Facts, card, export, peft_config
 from tiny_families import FAMILIES, write_family
 from tiny_model import HIDDEN, LABELS, rows, tiny_agreed, without_dp, write_tiny_model
 
-FACTS = Facts(("north", "lakeside", "st-mary"), 4, 7.91, 7.91)
+FACTS = Facts(("north", "lakeside", "st-mary"), 4, Epsilons(7.91, 7.91))
 NAME = "base-model"
 
 
@@ -170,7 +171,7 @@ def test_the_card_states_the_privacy_of_the_run(model: Path) -> None:
 
 def test_a_run_without_privacy_is_labelled_so(model: Path) -> None:
     agreed = tiny_agreed(model, **without_dp())
-    text = card(agreed, encoder_spec(model, agreed.plan), Facts(("a", "b", "c"), 2, None, None))
+    text = card(agreed, encoder_spec(model, agreed.plan), Facts(("a", "b", "c"), 2, None))
     assert "| differential privacy | **none** |" in text
     assert "may reveal rows" in text
     assert "epsilon" not in text
@@ -179,7 +180,7 @@ def test_a_run_without_privacy_is_labelled_so(model: Path) -> None:
 def test_a_private_run_without_its_epsilon_gets_no_card(model: Path) -> None:
     agreed = _agreed(model)
     with pytest.raises(ValueError, match="both epsilons"):
-        card(agreed, encoder_spec(model, agreed.plan), Facts(("a", "b", "c"), 2, None, None))
+        card(agreed, encoder_spec(model, agreed.plan), Facts(("a", "b", "c"), 2, None))
 
 
 def test_a_plans_words_cannot_break_out_of_the_card(model: Path) -> None:
