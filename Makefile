@@ -49,3 +49,9 @@ clean:
 .PHONY: adversary
 adversary: $(READY)
 	@$(BIN)/python tests/adversary/table.py
+
+# Mutated inputs for every parser that faces the network or a file; N=1000 for a quick look.
+.PHONY: fuzz
+N ?= 1000000
+fuzz: $(READY)
+	@$(BIN)/python -W ignore tests/fuzz/fuzz.py --inputs $(N)

@@ -57,7 +57,7 @@ class HighWater:
         try:
             table = json.loads(read_private(self.path, MAX_BYTES))
             return Mark(int(table["entries"]), bytes.fromhex(table["head"]), int(table["masked"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise LocalError(
                 f"The high-water mark {self.path} is damaged; a copy of it, or `foedus-site ledger --accept-loss`, "
                 "gets the site back to work."

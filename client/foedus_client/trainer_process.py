@@ -195,7 +195,10 @@ def read_message(pipe: IO[bytes], limit: int = MAX_BODY_BYTES) -> tuple[dict[str
     line = pipe.readline(MAX_HEADER_BYTES)
     if not line:
         raise EOFError
-    header = json.loads(line)
+    try:
+        header = json.loads(line)
+    except RecursionError:
+        raise ValueError("a message nested too deep") from None
     length = header.pop("bytes") if isinstance(header, dict) and "bytes" in header else -1
     if not isinstance(length, int) or not 0 <= length <= limit:
         raise ValueError("a message of impossible length")

@@ -159,7 +159,7 @@ def _about(file: Path, text: bytes) -> dict[str, Any]:
         about: dict[str, Any] = json.loads(text)
         iso(about["made_at"])
         return {key: about[key] for key in ("kind", "made_at", "files")}
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise LocalError(f"{file} is no backup of Foedus: its list of files cannot be read.") from None
 
 

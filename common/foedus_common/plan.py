@@ -370,13 +370,17 @@ def parse_agreed_plan(canonical: bytes) -> AgreedPlan:
     if len(canonical) > MAX_PLAN_BYTES:
         raise LocalError(f"The plan is {len(canonical)} bytes long; at most {MAX_PLAN_BYTES} are read.")
     try:
-        table = json.loads(canonical)
+        table = _without_nulls(json.loads(canonical))
     except (ValueError, RecursionError):
         raise LocalError("The plan is not canonical JSON.") from None
     if not isinstance(table, dict):
         raise LocalError("The plan is not a JSON object.")
-    agreed = parse(AgreedPlan, _without_nulls(table), "the plan")
-    if agreed.canonical() != canonical:
+    agreed = parse(AgreedPlan, table, "the plan")
+    try:
+        well_formed = agreed.canonical() == canonical
+    except ValueError:  # a number that is not finite, a text that is no Unicode
+        well_formed = False
+    if not well_formed:
         raise LocalError("The plan's bytes are not the canonical form of what they say.")
     if len(agreed.trained) != len(agreed.plan.phase) or not all(agreed.trained):
         raise LocalError("The plan does not give the trained vector's layout for each of its phases.")

@@ -1,0 +1,119 @@
+"""One attempt of three sites in memory, its messages, and what either side does with a mutated one."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import defaultdict
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from foedus_common.protocol import messages as m
+from foedus_common.protocol import wire
+from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState
+from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send
+from foedus_common.protocol.encoding import FieldLayout
+from foedus_common.protocol.site_session import SiteSession
+from foedus_common.protocol.site_stages import Outbox, SiteState
+from foedus_common.protocol.thresholds import Member, PeerRule, Roster
+from seeded import seeded
+
+SITES = ("east", "north", "south")
+FUZZED = SITES[0]
+
+
+class Attempt:
+    """Plays an honest attempt and keeps the states in between. `envelopes`: all of its messages and some others."""
+
+    def __init__(self) -> None:
+        random = seeded("an attempt")
+        self.vectors: dict[bytes, bytes] = {}
+        keys = {site: Ed25519PrivateKey.from_private_bytes(random(32)) for site in SITES}
+        members = {site: Member(key.public_key().public_bytes_raw(), f"of {site}") for site, key in keys.items()}
+        roster = Roster(7, random(32), members)
+        layout = FieldLayout(21, 16, ((3, 1.0), (4, 0.25)))
+        terms = m.RoundTerms(
+            *(11, 2, 0, random(32), random(32), random(32), "trainer 1", layout, m.Noise("record", 1.0, 0.8), 3, 1)
+        )
+        self.config = m.RoundConfig(1, terms, 0, 7, roster.digest, SITES, 3, 3)
+        self._sites = {
+            site: SiteSession(
+                site=site,
+                sign=keys[site].sign,
+                roster=roster,
+                rule=PeerRule(),
+                outbox=Outbox(terms, self.store(layout.pack(np.ones(7, np.int64))), charged=True),
+                vectors=self,
+                random=random,
+            )
+            for site in SITES
+        }
+        self._coordinator = CoordinatorSession(self.config, roster, self)
+        self.requests: list[bytes] = []
+        self.answers: list[bytes] = []
+        self._site_states: list[SiteState] = []
+        self._coordinator_states: list[CoordinatorState] = []
+        self._play()
+        self.envelopes = [*self.requests, *self.answers, *self._others()]
+
+    def _play(self) -> None:
+        states = defaultdict[str, SiteState](lambda: next(iter(self._sites.values())).begin())
+        state, effects = self._coordinator.begin()
+        while isinstance(state, Awaiting):
+            answers: list[Arrived] = []
+            for effect in [effect for effect in effects if isinstance(effect, Send)]:
+                site = effect.destination
+                if site == FUZZED:
+                    self.requests.append(effect.envelope)
+                    self._site_states.append(states[site])
+                states[site], said = self._sites[site].step(states[site], effect.envelope)
+                answers += [Arrived(site, each.envelope) for each in said if isinstance(each, Send)]
+            self.answers += [answer.envelope for answer in answers if answer.site == FUZZED]
+            self._coordinator_states.append(state)
+            collected: Effects = ()
+            for event in (*answers, Deadline(state.sequence)):
+                state, more = self._coordinator.step(state, event)
+                collected += more
+                if not isinstance(state, Awaiting):
+                    break
+            effects = collected
+
+    def _others(self) -> list[bytes]:
+        reference = m.VectorRef(bytes(32), 80)
+        to_site = (
+            m.Propose(b"{}", bytes(64), reference),
+            m.RunEnded(m.End.FINISHED),
+            m.Invite(b"{}", bytes(64), bytes(32), reference),
+        )
+        back = (m.Ready(), m.Declined())
+        header = wire.Header(11, 2, 0, bytes(32), wire.COORDINATOR, FUZZED, 0)
+        answer = wire.Header(11, 2, 0, bytes(32), FUZZED, wire.COORDINATOR, 0)
+        sign = self._sites[FUZZED].sign
+        return [
+            *(wire.build_envelope(header, message) for message in to_site),
+            *(wire.build_envelope(answer, message, sign) for message in back),
+        ]
+
+    # --- What is done with a message, in one of the stages: neither ever raises ---
+
+    def site_takes(self, request: bytes) -> None:
+        state = self._site_states[zlib.crc32(request) % len(self._site_states)]
+        self._sites[FUZZED].step(state, request)
+
+    def coordinator_takes(self, answer: bytes) -> None:
+        state = self._coordinator_states[zlib.crc32(answer) % len(self._coordinator_states)]
+        self._coordinator.step(state, Arrived(FUZZED, answer))
+
+    # --- Vectors ---
+
+    def store(self, words: np.ndarray) -> m.VectorRef:
+        data = words.tobytes()
+        if len(self.vectors) < 100:
+            self.vectors[hashlib.sha256(data).digest()] = data
+        return m.VectorRef(hashlib.sha256(data).digest(), len(data))
+
+    def load(self, ref: m.VectorRef) -> np.ndarray:
+        if ref.digest not in self.vectors:
+            raise wire.RemoteError(wire.Reason.BAD_MESSAGE, "no such vector")
+        return np.frombuffer(bytearray(self.vectors[ref.digest]), dtype=np.uint64)

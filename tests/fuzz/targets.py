@@ -1,0 +1,380 @@
+"""Every parser that faces the network or a file: its good inputs, how to mutate them, and what it may raise.
+
+A target's `run` parses one input and uses the result as the program does next. Whatever it is given, it returns or
+raises one of `allowed`; anything else is a bug of ours. Files are written where memory is.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.message import DecodeError
+
+from foedus_client.config import SiteSettings
+from foedus_client.data import read_rows
+from foedus_client.high_water import HighWater
+from foedus_client.trainer_process import read_message
+from foedus_common import certificates, enrolment, identity, journal, model_folder
+from foedus_common.adapters import AdapterSpec, TensorSpec, load_adapter, parse_spec, save_adapter
+from foedus_common.backup import restore_backup, write_backup
+from foedus_common.canonical import LABEL, canonical_json
+from foedus_common.errors import FoedusError
+from foedus_common.link import foedus_pb2 as pb
+from foedus_common.objects import ObjectRef
+from foedus_common.plan import parse_agreed_plan, read_plan
+from foedus_common.protocol import wire
+from foedus_common.tables import parse, read_toml
+from foedus_server.config import Settings
+from mutations import (
+    PEM_WORDS,
+    ROW_WORDS,
+    TOML_WORDS,
+    Mutator,
+    framed,
+    json_tree,
+    lines,
+    raw,
+    tar_entries,
+)
+from plans import agreed_plan, plan_toml
+from seeded import seeded
+from sessions import Attempt
+
+NOW = 1_800_000_000.0
+RANDOM = seeded("fuzz")
+PYARROW = importlib.util.find_spec("pyarrow") is not None
+"""Parquet is read where this package is; it is no dependency."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """good: inputs that are accepted. mutate: one is chosen for each input."""
+
+    name: str
+    good: Sequence[bytes]
+    mutate: Sequence[Mutator]
+    run: Callable[[bytes], object]
+    allowed: tuple[type[Exception], ...] = (FoedusError,)
+
+
+class Workshop:
+    """A folder for one process's files, removed at the end."""
+
+    def __init__(self) -> None:
+        memory = Path("/dev/shm")
+        self.folder = Path(tempfile.mkdtemp(prefix="foedus-fuzz-", dir=memory if memory.is_dir() else None))
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def file(self, name: str, data: bytes) -> Path:
+        """Mode 0600."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        os.write(descriptor, data)
+        os.close(descriptor)
+        return path
+
+    def given(self, name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+        """Writes the input to a file of this name and reads it."""
+        return lambda data: read(self.file(name, data))
+
+
+def targets(workshop: Workshop) -> list[Target]:
+    return [
+        *_of_the_protocol(),
+        *_of_the_link(Attempt()),
+        *_of_enrolment(workshop),
+        *_of_plans(workshop),
+        *_of_models_and_data(workshop),
+        *_of_homes(workshop),
+    ]
+
+
+# --- Messages of a round, and the sessions that take them ---
+
+
+def _of_the_protocol() -> list[Target]:
+    attempt = Attempt()
+    terms = wire.terms_bytes(attempt.config.terms)
+    nested = framed(LABEL)
+    return [
+        Target("messages", attempt.envelopes, [nested, nested, raw], wire.parse_envelope),
+        Target("terms of a vector", [terms], [framed(), raw], wire.parse_terms),
+        Target("a site's session", attempt.requests, [nested, nested, raw], attempt.site_takes, ()),
+        Target("a coordinator's session", attempt.answers, [nested, nested, raw], attempt.coordinator_takes, ()),
+    ]
+
+
+# --- Frames of the link ---
+
+
+def _of_the_link(attempt: Attempt) -> list[Target]:
+    asked, said = attempt.requests[2], attempt.answers[2]
+    reference = pb.Object(run_id=7, sha256="a" * 64, size=80)
+    request = pb.Request(id="1", run_id=7, message_type="query.keys", group_id="", created_at=NOW, ttl=9.0, body=asked)
+    to_site = [pb.FromCoordinator(request=request), pb.FromCoordinator(hello=pb.Hello(protocol_version=1))]
+    to_coordinator = [
+        pb.FromSite(reply=pb.Reply(id="1", body=said)),
+        pb.FromSite(heartbeat=pb.Heartbeat()),
+    ]
+    objects = [
+        pb.PushPart(header=pb.PushHeader(object=reference, offset=3)),
+        pb.PushPart(header=pb.PushHeader(object=reference)),
+    ]
+    errors = (FoedusError, DecodeError)
+    return [
+        Target("frames to a site", _serialised(to_site), [raw], _site_reads, errors),
+        Target("frames to the coordinator", _serialised(to_coordinator), [raw], _coordinator_reads, errors),
+        Target("frames of an upload", _serialised(objects), [raw], _upload_reads, errors),
+    ]
+
+
+def _serialised(frames: Sequence[object]) -> list[bytes]:
+    return [frame.SerializeToString() for frame in frames]  # type: ignore[attr-defined]
+
+
+def _site_reads(data: bytes) -> None:
+    frame = pb.FromCoordinator.FromString(data)
+    if frame.WhichOneof("part") == "request":
+        wire.parse_envelope(frame.request.body)
+
+
+def _coordinator_reads(data: bytes) -> None:
+    frame = pb.FromSite.FromString(data)
+    if frame.WhichOneof("part") == "reply":
+        wire.parse_envelope(frame.reply.body)
+
+
+def _upload_reads(data: bytes) -> None:
+    named = pb.PushPart.FromString(data).header.object
+    ref = ObjectRef(named.sha256, named.size)
+    assert "/" not in ref.sha256
+
+
+# --- Joining ---
+
+
+def _of_enrolment(workshop: Workshop) -> list[Target]:
+    root, site = (Ed25519PrivateKey.from_private_bytes(RANDOM(32)) for _ in range(2))
+    authority = certificates.Authority.create("Test", RANDOM, NOW)
+    tls_key = certificates.generate_tls_key(RANDOM)
+    token = enrolment.Token(
+        name="north",
+        org="North Hospital",
+        link_address="127.0.0.1:8443",
+        enrolment_address="[::1]:8444",
+        authority=authority.der,
+        root_public_key=identity.public_bytes(root),
+        expires=int(NOW + 3600),
+        secret=RANDOM(32),
+    )
+    request = enrolment.EnrolRequest.make(token, site, tls_key)
+    csr = certificates.request_certificate("north", tls_key)
+    own = authority.issue_site("north", tls_key.public_key(), RANDOM, NOW)
+    member = identity.RosterSite("north", "North Hospital", identity.public_bytes(site))
+    roster = identity.Roster(3, int(NOW + 3600), identity.public_bytes(root), (member,))
+    signed = identity.SignedRoster.sign(roster, root)
+    replies = [
+        enrolment.Waiting(),
+        enrolment.Approved(own, signed.to_bytes(), (authority.der,)),
+        enrolment.Refused("This token was used before."),
+    ]
+    key_pem = certificates.tls_key_pem(tls_key)
+    identity.write_key(workshop.folder / "site.key", site)
+    identity_pem = (workshop.folder / "site.key").read_bytes()
+
+    def refuse_or_verify(data: bytes) -> None:
+        enrolment.EnrolRequest.from_bytes(data).verify("north")
+
+    def reply_as_a_site_does(data: bytes) -> None:
+        reply = enrolment.reply_from_bytes(data)
+        if isinstance(reply, enrolment.Approved):
+            reply.verify(token, identity.public_bytes(site), tls_key, now=NOW, highest_epoch=0)
+
+    def take_certificate(data: bytes) -> None:
+        certificates.check_site_certificate(data, (authority.der,), "north", tls_key.public_key(), NOW)
+
+    def take_roster(data: bytes) -> None:
+        """As if the root had signed anything."""
+        assert identity.parse_roster(data).canonical() == data
+
+    return [
+        Target("tokens", [token.encode().encode()], [raw, _token_fields], lambda d: enrolment.decode_token(_text(d))),
+        Target("enrolment requests", [request.to_bytes()], [framed(), raw], refuse_or_verify),
+        Target("enrolment replies", [*map(enrolment.reply_to_bytes, replies)], [framed(), raw], reply_as_a_site_does),
+        Target("certificates", [own], [raw], take_certificate),
+        Target("certificate requests", [csr], [raw], partial(certificates.check_request, name="north")),
+        Target("rosters", [roster.canonical()], [json_tree, raw], take_roster),
+        Target(
+            "certificate files",
+            [certificates.pem(own)],
+            [lines(*PEM_WORDS)],
+            workshop.given("tls.crt", certificates.read_certificate),
+        ),
+        Target("key files", [key_pem], [lines(*PEM_WORDS)], workshop.given("a.key", certificates.read_tls_key)),
+        Target("identity files", [identity_pem], [lines(*PEM_WORDS)], workshop.given("b.key", identity.read_key)),
+    ]
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _token_fields(random: object, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Changes the fields of a token and puts its checksum right again."""
+    coded = _text(data).removeprefix(enrolment.PREFIX)
+    body = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4))[:-4]
+    body = framed()(random, body, [body])  # type: ignore[arg-type]
+    whole = body + hashlib.sha256(body).digest()[:4]
+    return enrolment.PREFIX.encode() + base64.urlsafe_b64encode(whole).rstrip(b"=")
+
+
+# --- Plans and settings ---
+
+
+def _of_plans(workshop: Workshop) -> list[Target]:
+    agreed = [agreed_plan().canonical(), agreed_plan(privacy={"unit": "none"}, phase=[_WITHOUT_DP]).canonical()]
+    plans = [plan_toml().encode(), plan_toml(adapter__rank=2, aggregation=None).encode()]
+    site, coordinator = SiteSettings().to_toml().encode(), Settings("Test").to_toml().encode()
+
+    def settings(kind: type, path: Path) -> object:
+        return parse(kind, read_toml(path), str(path))
+
+    def take_agreed(data: bytes) -> None:
+        assert parse_agreed_plan(data).canonical() == data
+
+    toml = [lines(*TOML_WORDS)]
+    return [
+        Target("agreed plans", agreed, [json_tree, json_tree, raw], take_agreed),
+        Target("plans", plans, toml, workshop.given("plan.toml", read_plan)),
+        Target("a site's settings", [site], toml, workshop.given("site.toml", partial(settings, SiteSettings))),
+        Target("a coordinator's settings", [coordinator], toml, workshop.given("f.toml", partial(settings, Settings))),
+    ]
+
+
+_WITHOUT_DP = {"train": "head", "rounds": 3, "learning_rate": 8.0, "epochs": 1.0, "batch_size": 4}
+
+
+# --- Models, adapters, rows ---
+
+
+def _of_models_and_data(workshop: Workshop) -> list[Target]:
+    spec = AdapterSpec((TensorSpec("head.weight", (3, 4), "head"), TensorSpec("A", (2, 2), "frozen")))
+    tensors = {t.name: np.full(t.shape, 0.5, np.float32) for t in spec.tensors}
+    adapter = save_adapter(tensors, spec)
+    config = json.dumps({"model_type": "bert", "hidden_size": 32, "layers": [1, 2], "id2label": {"0": "a"}}).encode()
+    workshop.file("model/model.safetensors", adapter)
+    csv = b'text,label\none,a\n"two, words",b\n"three ""quoted""\nlines",a\n'
+    jsonl = b'{"text": "one", "label": "a"}\n{"text": "two", "label": 2, "more": [1]}\n'
+
+    def take_spec(data: bytes) -> None:
+        assert parse_spec(data).canonical() == data
+
+    def model(data: bytes) -> None:
+        workshop.file("model/config.json", data)
+        model_folder.manifest_sha256(workshop.folder / "model")
+
+    def rows(path: Path) -> object:
+        return read_rows(path, "text", "label")
+
+    return [
+        Target("adapters", [adapter], [raw], lambda data: load_adapter(data, spec)),
+        Target("adapter specifications", [spec.canonical()], [json_tree, raw], take_spec),
+        Target("a model's config.json", [config], [json_tree], model),
+        Target("rows in CSV", [csv], [lines(*ROW_WORDS)], workshop.given("rows.csv", rows)),
+        Target("rows in JSONL", [jsonl], [lines(*ROW_WORDS), json_tree], workshop.given("rows.jsonl", rows)),
+        *([Target("rows in Parquet", _parquet(), [raw], workshop.given("rows.parquet", rows))] if PYARROW else []),
+    ]
+
+
+def _parquet() -> list[bytes]:
+    pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
+    table = pyarrow.table({"text": ["one", "two words", "three"], "label": ["a", "b", "a"]})
+    made = [io.BytesIO() for _ in ("none", "snappy")]
+    for target, compression in zip(made, ("none", "snappy"), strict=True):
+        parquet.write_table(table, target, compression=compression)
+    return [target.getvalue() for target in made]
+
+
+# --- What lies in homes ---
+
+
+def _of_homes(workshop: Workshop) -> list[Target]:
+    home = workshop.folder / "home"
+    workshop.file("home/site.toml", b"threads = 1\n")
+    workshop.file("home/key", b"secret")
+    archive = workshop.folder / "archive"
+    write_backup(
+        archive,
+        home,
+        "site",
+        leave_out=frozenset(),
+        database="site.db",
+        copy_database=lambda path: path.write_bytes(b"a copy") and None,
+        now=NOW,
+    )
+    mark = json.dumps({"entries": 3, "head": "a" * 64, "masked": 1}).encode()
+    entries = [journal.next_entry(journal.START, NOW, "add_dataset", {"dataset": "terms", "rows": 7})]
+    entries.append(journal.next_entry(journal.Checkpoint(1, entries[0].head), NOW, "close_run", {"run_id": 7}))
+    chain = canonical_json([[e.number, e.body.decode(), e.head.hex()] for e in entries])
+    pipe = b'{"say": "progress", "what": "training", "done": 1, "total": 2, "bytes": 4}\nabcd'
+
+    def restore(path: Path) -> None:
+        try:
+            restore_backup(path, workshop.folder / "restored", "site")
+        finally:
+            shutil.rmtree(workshop.folder / "restored", ignore_errors=True)
+        left = {each.name for each in workshop.folder.iterdir()}
+        assert left <= {"home", "archive", "archive.tar", "model", "tls.crt"} | {n for n in left if "." in n}
+
+    def read_mark(path: Path) -> object:
+        return HighWater(path.parent, path.stem).read()
+
+    return [
+        Target("backups", [archive.read_bytes()], [tar_entries], workshop.given("archive.tar", restore)),
+        Target("high-water marks", [mark], [json_tree, raw], workshop.given("mark.json", read_mark)),
+        Target("journals", [chain], [_chain], _verify_chain),
+        Target(
+            "a trainer's messages",
+            [pipe],
+            [lines(b'{"bytes": -1}', b'"bytes": 99999999999', b"[", b"{}"), raw],
+            lambda data: read_message(io.BytesIO(data), limit=1 << 20),
+            (ValueError, EOFError),
+        ),
+    ]
+
+
+def _chain(random: object, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Changes an entry's fields; stays a list of entries, as a database would give them."""
+    changed = json_tree(random, data, others)  # type: ignore[arg-type]
+    try:
+        entries = json.loads(changed)
+        well = all(type(n) is int and isinstance(b, str) and len(bytes.fromhex(h)) >= 0 for n, b, h in entries)
+    except (ValueError, TypeError, RecursionError):
+        well = False
+    return changed if well else data
+
+
+def _verify_chain(data: bytes) -> None:
+    entries = [journal.Entry(n, b.encode("utf-8", "surrogatepass"), bytes.fromhex(h)) for n, b, h in json.loads(data)]
+    journal.verify(entries)
+    assert all(entry.event["event"] for entry in entries)
+
+
+def by_name(workshop: Workshop) -> Mapping[str, Target]:
+    return {target.name: target for target in targets(workshop)}

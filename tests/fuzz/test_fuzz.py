@@ -1,0 +1,104 @@
+"""A slice of `make fuzz`: some hundred mutated inputs for every parser, and what earlier searches found."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import json
+import math
+import tarfile
+
+import pytest
+
+from fuzz import fuzz
+from targets import Target, Workshop, by_name
+
+INPUTS = 200
+
+_WORKSHOP = Workshop()
+atexit.register(_WORKSHOP.close)
+TARGETS = by_name(_WORKSHOP)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_good_inputs_are_accepted(name: str) -> None:
+    for data in TARGETS[name].good:
+        TARGETS[name].run(data)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_mutated_input_does_harm(name: str) -> None:
+    outcome = fuzz(TARGETS[name], 0, INPUTS)
+    assert outcome.failure == ""
+    assert outcome.inputs == INPUTS
+
+
+def with_value(target: str, *path: str, value: object) -> bytes:
+    """The target's first good input, JSON, with another value at this place."""
+    table = json.loads(TARGETS[target].good[0])
+    place = table
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+def archive_with_list(data: bytes) -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as tar:
+        entry = tarfile.TarInfo("backup.json")
+        entry.size = len(data)
+        tar.addfile(entry, io.BytesIO(data))
+    return target.getvalue()
+
+
+FOUND = {
+    "a text in a plan that is no Unicode": (
+        "agreed plans",
+        lambda: with_value("agreed plans", "spec_sha256", value="\udc93"),
+    ),
+    "a multiplier that is not a number": (
+        "agreed plans",
+        lambda: with_value("agreed plans", "noise_multipliers", value=[math.nan, 1.0]),
+    ),
+    "a whole number too large for a float": (
+        "agreed plans",
+        lambda: with_value("agreed plans", "plan", "privacy", "clip", value=10**400),
+    ),
+    "a plan nested deep": ("agreed plans", lambda: b'{"plan":' + nested(600) + b"}"),
+    "a number of thousands of digits": ("plans", lambda: b"a = " + b"1" * 5000),
+    "the same in another base": ("a site's settings", lambda: b"threads = [0x" + b"f" * 5000 + b"]"),
+    "brackets without end in TOML": ("plans", lambda: b"a = " + nested(5000)),
+    "a backup whose list is nested deep": ("backups", lambda: archive_with_list(nested(50_000))),
+    "a high-water mark at infinity": (
+        "high-water marks",
+        lambda: with_value("high-water marks", "entries", value=math.inf),
+    ),
+    "a high-water mark nested deep": ("high-water marks", lambda: b"[" * 1024),
+    "a trainer's message nested deep": ("a trainer's messages", lambda: nested(30_000)),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found_stays_fixed(what: str) -> None:
+    name, make = FOUND[what]
+    target = TARGETS[name]
+    with pytest.raises(target.allowed):
+        target.run(make())
+
+
+def test_the_search_tells_of_a_crash_a_hang_and_growth() -> None:
+    def hang(data: bytes) -> None:
+        while data != b"good":
+            pass
+
+    kept: list[bytes] = []
+    crash = Target("crash", [b"good"], [lambda *_: b"bad"], lambda data: data == b"good" or 1 / 0)
+    assert "ZeroDivisionError" in fuzz(crash, 0, 5).failure
+    assert "Hang" in fuzz(Target("hang", [b"good"], [lambda *_: b"bad"], hang), 0, 5).failure
+    growth = Target("growth", [b"good"], [lambda *_: b"bad"], lambda data: kept.append(b"x" * 60_000_000))
+    assert "grew" in fuzz(growth, 0, 5).failure
