@@ -395,7 +395,7 @@ def test_one_daemon_works_on_a_home(world: World) -> None:
         ("thread = 1", r".*site\.toml has an unknown key 'thread'; did you mean 'threads'\?"),
         ("threads = -1", r"The trainer's threads must be 0 or more, .*\."),
         ("[policy]\nmin_sites = 2", r"\[policy\] min_sites must be 3 or more: .*"),
-        ("[policy]\nmax_epsilon_per_run = nan", r"\[policy\] max_epsilon_per_run and .* must be above 0\."),
+        ("[policy]\nmax_epsilon_per_run = nan", r"\[policy\] max_epsilon_per_run, .* must be above 0\."),
         ("[policy", r".*site\.toml is not valid TOML: .*"),
     ],
 )

@@ -18,13 +18,16 @@ from foedus_common.plan import AgreedPlan
 from foedus_common.privacy import accounting
 from foedus_common.privacy.accounting import Curve, GaussianSteps
 
+DAY_SECONDS = 86_400.0
+
 
 @dataclass(frozen=True)
 class Budget:
-    """What a dataset may spend over its life: epsilon at delta."""
+    """What a dataset may spend over its life, and within any 24 hours: epsilons at delta."""
 
     epsilon: float
     delta: float
+    per_day: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,35 @@ class Commitment:
 
 
 @dataclass(frozen=True)
+class Consent:
+    """Somebody's yes to one plan, as the ledger keeps it under the site's signature. Times in Unix seconds.
+
+    number: of its entry. by: "policy", or the person. epsilon_cap: of all that the run may release, at `delta`; None
+    without privacy. expires_at: no round is trained after it; None for never.
+    """
+
+    number: int
+    plan_digest: str
+    dataset: str
+    purpose: str
+    by: str
+    at: float
+    epsilon_cap: float | None
+    delta: float
+    expires_at: float | None
+
+    def holds(self, now: float) -> bool:
+        return self.expires_at is None or now <= self.expires_at
+
+
+@dataclass(frozen=True)
 class Charge:
-    """One training of one round. number: of its first entry in the ledger."""
+    """One training of one round. number: of its first entry in the ledger; at: Unix seconds."""
 
     number: int
     round: int
     phase: int
+    at: float
     state: Literal["reserved", "released", "committed"] = "reserved"
 
 
@@ -100,14 +126,19 @@ class Charge:
 class Run:
     """A run on an account: what it may release, and what it has. delta: the site's own when it was last approved.
 
-    lost: its records were, so all that it might have released counts as released.
+    lost_at: when its records were found lost, if they were: all that it might have released counts as released then.
     """
 
     commitment: Commitment
     delta: float
     charges: tuple[Charge, ...] = ()
     open: bool = True
-    lost: bool = False
+    lost_at: float | None = None
+    consent: Consent | None = None
+
+    @property
+    def lost(self) -> bool:
+        return self.lost_at is not None
 
     @property
     def spent(self) -> tuple[int, ...]:
@@ -116,6 +147,13 @@ class Run:
             return self.commitment.releases
         phases = [charge.phase for charge in self.charges if charge.state != "reserved"]
         return tuple(phases.count(phase) for phase in range(len(self.commitment.rounds)))
+
+    def spent_since(self, moment: float) -> tuple[int, ...]:
+        """Trainings per phase after `moment` of which the coordinator has, may have or may yet get the vector."""
+        if self.lost_at is not None:
+            return self.commitment.releases if self.lost_at > moment else (0,) * len(self.commitment.rounds)
+        late = [each for each in self.charges if each.at > moment and (self.open or each.state != "reserved")]
+        return tuple(sum(each.phase == phase for each in late) for phase in range(len(self.commitment.rounds)))
 
     @property
     def counts(self) -> bool:
@@ -191,6 +229,32 @@ class Account:
         order, room = self._room(runs, budget)
         return commitment.curve()[order] <= room
 
+    def spent_since(self, moment: float, delta: float) -> float:
+        """Epsilon of what was trained after `moment`, without what had no privacy: no cap on a day can hold that."""
+        late = self._costs_since(moment)
+        if len(late) == 1:
+            return accounting.epsilon(late[0], delta)
+        return accounting.epsilon_of_rdp(_total(map(accounting.rdp, late)), delta)
+
+    def admits_today(self, run_id: int, phase: int, budget: Budget, now: float) -> bool:
+        """Whether one more training of this phase stays within what a day may spend, by the rules of `admits`."""
+        moment, run = now - DAY_SECONDS, self.runs[run_id]
+        if not run.commitment.private or budget.per_day == math.inf:
+            return True
+        counts = list(run.spent_since(moment))
+        counts[phase] += 1
+        others = dataclasses.replace(self, runs={key: each for key, each in self.runs.items() if key != run_id})
+        costs = [run.commitment.cost(counts), *others._costs_since(moment)]
+        if len(costs) == 1:
+            return accounting.epsilon(costs[0], budget.delta) <= budget.per_day
+        order, room = accounting.rdp_budget(budget.per_day, budget.delta)
+        return _total(map(accounting.rdp, costs))[order] <= room
+
+    def _costs_since(self, moment: float) -> list[list[GaussianSteps]]:
+        """Per run with privacy that trained after `moment`."""
+        late = [(run.commitment, run.spent_since(moment)) for run in self.runs.values() if run.commitment.private]
+        return [commitment.cost(counts) for commitment, counts in late if any(counts)]
+
     def left(self, budget: Budget) -> float:
         """Epsilon of the largest further run that `admits` would let in, if it were one unsampled Gaussian."""
         runs = self._runs_that_count()
@@ -237,7 +301,7 @@ def fold(entries: Iterable[Entry]) -> dict[str, Account]:
         if event["event"] == "new_key":
             continue
         if event["event"] == "accept_loss":
-            accounts = {name: _without(account, event["runs"]) for name, account in accounts.items()}
+            accounts = {name: _without(account, event["runs"], event["at"]) for name, account in accounts.items()}
             continue
         if event["event"] == "reserve_run":
             run = Run(_commitment(event), event["site_delta"])
@@ -247,6 +311,13 @@ def fold(entries: Iterable[Entry]) -> dict[str, Account]:
         account = accounts[of_run[event["run_id"]]]
         accounts[account.name] = dataclasses.replace(account, runs={**account.runs, event["run_id"]: run})
     return accounts
+
+
+def approval(agreed: AgreedPlan, **decided: Any) -> dict[str, Any]:
+    """The details of an `approve` entry: what was agreed to, and what was decided (the other fields of `Consent`)."""
+    plan = agreed.plan
+    about = {"plan_digest": agreed.digest().hex(), "dataset": plan.data.name, "purpose": plan.run.purpose}
+    return {"run_id": agreed.run_id, **about, **decided}
 
 
 def reservation(commitment: Commitment, site_delta: float) -> dict[str, Any]:
@@ -262,8 +333,12 @@ def _commitment(event: Mapping[str, Any]) -> Commitment:
 
 def _after(run: Run, number: int, event: Mapping[str, Any]) -> Run:
     match event["event"]:
+        case "approve":
+            fields = {field.name: event[field.name] for field in dataclasses.fields(Consent) if field.name != "number"}
+            return dataclasses.replace(run, consent=Consent(number, **fields))
         case "reserve_round":
-            return dataclasses.replace(run, charges=(*run.charges, Charge(number, event["round"], event["phase"])))
+            charge = Charge(number, event["round"], event["phase"], event["at"])
+            return dataclasses.replace(run, charges=(*run.charges, charge))
         case "release":
             return _marked(run, event["charge"], "released")
         case "commit":
@@ -276,10 +351,10 @@ def _after(run: Run, number: int, event: Mapping[str, Any]) -> Run:
             raise LocalError(f"The ledger has an entry {unknown!r} that this program does not know.")
 
 
-def _without(account: Account, lost: Sequence[int]) -> Account:
+def _without(account: Account, lost: Sequence[int], at: float) -> Account:
     """The account when the records of these runs are no more."""
     runs = {
-        run_id: dataclasses.replace(run, open=False, lost=True) if run_id in lost else run
+        run_id: dataclasses.replace(run, open=False, lost_at=at) if run_id in lost else run
         for run_id, run in account.runs.items()
     }
     return dataclasses.replace(account, runs=runs)

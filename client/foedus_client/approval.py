@@ -1,18 +1,18 @@
 """A plan before the site: what policy says, and what saying yes sets in motion. Used by the daemon and by people.
 
 Approval, the ledger's reservation and the plan's new state are one transaction: there is no approved plan without its
-budget set aside.
+budget set aside, nor without an entry that says who agreed to what, until when, under the site's signature.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from foedus_client.accounts import Account
+from foedus_client.accounts import Account, Commitment
 from foedus_client.data import foreign_labels
 from foedus_client.ledger import Ledger
 from foedus_client.policy import Allowed, Facts, Refused, SitePolicy, capped, decide
-from foedus_client.store import SiteStore
+from foedus_client.store import SiteStore, StoredPlan
 from foedus_common.errors import LocalError, PolicyRefusal
 from foedus_common.identity import Roster
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
@@ -39,19 +39,35 @@ class Approval:
         account = self._account(agreed) or Account("", (), {})
         return _reasons(decide(agreed, prepared, self.policy, account))
 
-    def approve(self, digest: bytes, by: str) -> AgreedPlan:
-        """Say yes to a pending plan and set its budget aside. by: "policy", or the person's user name.
+    def approve(
+        self, digest: bytes, by: str, expires_at: float | None = None, epsilon_cap: float | None = None
+    ) -> AgreedPlan:
+        """Say yes to a pending plan and set its budget aside, or to an approved one anew, which replaces what was said.
 
-        Raises PolicyRefusal with every reason against it, LocalError when no such plan waits.
+        by: "policy", or the person's name. expires_at: Unix seconds; None for never. epsilon_cap: of what the run may
+        release, at the policy's delta; None for all that the plan asks for. Raises PolicyRefusal with every reason
+        against it, LocalError when no such plan waits or is approved, or for a cap that a plan cannot have.
         """
         with self.store.transaction("approve"):
-            agreed = self._waiting(digest)
+            stored = self.store.plan(digest)
+            agreed = self._waiting(digest) if stored is None or stored.state != "approved" else _plan(stored)
+            asked = self.epsilon(agreed)
+            if epsilon_cap is not None and (asked is None or not epsilon_cap > 0):
+                raise LocalError("A cap on epsilon has to be above 0, and the plan has to have privacy.")
             if reasons := self.reasons(agreed):
                 raise PolicyRefusal(reasons)
             limited = capped(agreed, self.policy, self.ledger.account(agreed.plan.data.name))
             self.ledger.reserve_run(agreed, self.policy.budget, capped=limited)
+            self.ledger.approve(
+                agreed, by, self.policy.delta, asked if epsilon_cap is None else epsilon_cap, expires_at
+            )
             self.store.decide_plan(digest, "approved", by)
         return agreed
+
+    def epsilon(self, agreed: AgreedPlan) -> float | None:
+        """Of all that the run may release, at the policy's delta; None without privacy."""
+        commitment = Commitment.of(agreed)
+        return commitment.epsilon(self.policy.delta) if commitment.private else None
 
     def decline(self, digest: bytes, by: str) -> None:
         """Say no; the coordinator learns only that the site does not take part. Raises LocalError as `approve`."""
@@ -76,7 +92,7 @@ class Approval:
         if stored is None or stored.state != "pending":
             state = "unknown here" if stored is None else stored.state
             raise LocalError(f"The plan is {state}, so there is nothing to decide; see `foedus-site plans`.")
-        return parse_agreed_plan(stored.canonical)
+        return _plan(stored)
 
     def _facts(self, agreed: AgreedPlan) -> Facts:
         dataset = self.store.dataset(agreed.plan.data.name)
@@ -92,6 +108,10 @@ class Approval:
         if self.store.dataset(agreed.plan.data.name) is None:
             return None
         return self.ledger.account(agreed.plan.data.name)
+
+
+def _plan(stored: StoredPlan) -> AgreedPlan:
+    return parse_agreed_plan(stored.canonical)
 
 
 def _reasons(decision: Allowed | Refused) -> tuple[str, ...]:

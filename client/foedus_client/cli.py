@@ -9,30 +9,24 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from foedus_client import config, enrol
-from foedus_client.accounts import Commitment
-from foedus_client.approval import Approval
+from foedus_client import cli_plans, config, enrol
+from foedus_client.administrator import CLOCK, Administrator
 from foedus_client.data import survey
 from foedus_client.doctor import findings
-from foedus_client.high_water import mark_name, state_folder
-from foedus_client.ledger import KEY as LEDGER_KEY
-from foedus_client.ledger import Ledger
-from foedus_client.store import SiteStore, StoredPlan
+from foedus_client.high_water import state_folder
 from foedus_common import terminal
 from foedus_common.backup import restore_backup, write_backup
 from foedus_common.checks import show
-from foedus_common.clock import SystemClock, iso
+from foedus_common.clock import iso
 from foedus_common.enrolment import decode_token
 from foedus_common.errors import LocalError
 from foedus_common.identity import fingerprint
 from foedus_common.link.transport import TlsIdentity
 from foedus_common.model_folder import manifest_sha256
-from foedus_common.plan import AgreedPlan, parse_agreed_plan
-from foedus_common.privacy import accounting
 from foedus_common.randomness import system_random
 from foedus_common.terminal import Json, console, print_facts, print_json, print_table
 
@@ -46,41 +40,13 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, help="Base models on this machine; plans name them by their hash.")
 data_app = typer.Typer(no_args_is_help=True, help="Datasets; their rows never leave this machine.")
+app.add_typer(cli_plans.app)
 app.add_typer(model_app, name="model")
 app.add_typer(data_app, name="data")
 
-PlanName = Annotated[str, typer.Argument(help="Run number, name, or the first digits of the digest.")]
-
-CLOCK = SystemClock()
 ASK_SECONDS = 2.0
 NOT_BACKED_UP = frozenset({"daemon.lock", "partial"})
 """Names in a home that belong to no copy of it."""
-
-
-class Administrator:
-    """What commands need of a home that exists."""
-
-    def __init__(self, path: Path) -> None:
-        self.home = config.SiteHome.open(path)
-        self.membership = enrol.Membership(path)
-        member = self.membership
-        mark = mark_name(member.name, member.token.root_public_key)
-        self.store = self.home.store(CLOCK, state_folder(os.environ), mark)
-        self.ledger = Ledger(self.store, CLOCK, member.key.sign, member.public_key)
-
-    def approval(self) -> Approval:
-        roster = self.membership.roster(CLOCK.now())
-        return Approval(self.membership.name, roster, self.home.settings.policy, self.store, self.ledger)
-
-    def plan(self, text: str) -> tuple[StoredPlan, AgreedPlan]:
-        """The plan that a person means: by run id, name, or the first digits of its digest; the newest that fits."""
-        for stored in reversed(self.store.plans()):
-            agreed = parse_agreed_plan(stored.canonical)
-            if text in (str(stored.run_id), agreed.plan.run.name) or (
-                len(text) >= 6 and stored.digest.hex().startswith(text)
-            ):
-                return stored, agreed
-        raise LocalError(f"No plan {text!r} was received here; `foedus-site plans` shows those that were.")
 
 
 @app.callback()
@@ -166,8 +132,16 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         "roster": f"epoch {roster.epoch}, {len(roster.sites)} sites, until {iso(roster.not_after)}",
         "datasets": len(acting.store.datasets()),
         "plans waiting": sum(plan.state == "pending" for plan in acting.store.plans()),
+        "plans approved": _approved(acting),
     }
     print_json(facts) if as_json else print_facts(facts)
+
+
+def _approved(acting: Administrator) -> str:
+    """How many plans this site takes part in, and when the first of their approvals ends."""
+    runs = [plan.run_id for plan in acting.store.plans() if plan.state == "approved"]
+    ends = [consent.expires_at for run in runs if (consent := acting.ledger.run(run).consent) and consent.expires_at]
+    return f"{len(runs)}; an approval ends on {iso(min(ends))}" if ends else str(len(runs))
 
 
 @app.command()
@@ -321,174 +295,6 @@ def data_list(context: typer.Context, as_json: Json = False) -> None:
         return print_json(datasets)
     rows = [(each.name, each.rows, len(each.label_counts), each.account, each.path) for each in datasets]
     print_table(["dataset", "rows", "labels", "account", "file"], rows, "No datasets yet; `foedus-site data add`.")
-
-
-# --- Plans ---
-
-
-@app.command()
-def plans(context: typer.Context, as_json: Json = False) -> None:
-    """Show the plans that arrived, what each would spend, and what stands against it."""
-    acting = Administrator(context.obj)
-    rows = [_plan_row(acting, stored) for stored in acting.store.plans()]
-    if as_json:
-        return print_json(rows)
-    print_table(
-        ["run", "plan", "state", "dataset", "epsilon", "central", "rounds", "purpose"],
-        [
-            (r["run"], r["name"], r["state"], r["dataset"], r["epsilon"], r["central"], r["rounds"], r["purpose"])
-            for r in rows
-        ],
-        "No plan has arrived yet.",
-    )
-    for row in rows:
-        for reason in row["reasons"]:
-            console.print(f"{row['name']}: {reason}", style="yellow", markup=False)
-    if any(row["state"] == "pending" for row in rows):
-        console.print("Next: foedus-site approve PLAN, or foedus-site decline PLAN")
-
-
-def _plan_row(acting: Administrator, stored: StoredPlan) -> dict[str, Any]:
-    agreed = parse_agreed_plan(stored.canonical)
-    commitment = Commitment.of(agreed)
-    delta = acting.home.settings.policy.delta
-    return {
-        "run": str(stored.run_id),
-        "name": agreed.plan.run.name,
-        "purpose": agreed.plan.run.purpose,
-        "state": stored.state,
-        "decided_by": stored.decided_by,
-        "dataset": agreed.plan.data.name,
-        "epsilon": round(commitment.epsilon(delta), 4) if commitment.private else "none: no privacy",
-        "central": _central(agreed, delta),
-        "rounds": agreed.plan.rounds,
-        "digest": stored.digest.hex(),
-        "reasons": acting.approval().reasons(agreed) if stored.state == "pending" else (),
-    }
-
-
-def _central(agreed: AgreedPlan, delta: float) -> str:
-    """Epsilon of the plan's own unit of privacy while secure aggregation holds."""
-    if not agreed.plan.privacy.on:
-        return "-"
-    return f"{accounting.epsilon(accounting.events_of(agreed, 'central'), delta):.4g} per {agreed.plan.privacy.unit}"
-
-
-@app.command()
-def approve(
-    context: typer.Context,
-    plan: PlanName,
-    as_json: Json = False,
-) -> None:
-    """Take part in a plan: its whole budget is set aside in the ledger now."""
-    acting = Administrator(context.obj)
-    stored, agreed = acting.plan(plan)
-    acting.approval().approve(stored.digest, by=getpass.getuser())
-    if as_json:
-        return print_json({"run": str(stored.run_id), "state": "approved"})
-    console.print(f"{agreed.plan.run.name} is approved; the daemon takes part in it from now on.")
-
-
-@app.command()
-def decline(
-    context: typer.Context,
-    plan: PlanName,
-    as_json: Json = False,
-) -> None:
-    """Take no part in a plan; the coordinator learns only that."""
-    acting = Administrator(context.obj)
-    stored, agreed = acting.plan(plan)
-    acting.approval().decline(stored.digest, by=getpass.getuser())
-    if as_json:
-        return print_json({"run": str(stored.run_id), "state": "declined"})
-    console.print(f"{agreed.plan.run.name} is declined.")
-
-
-@app.command()
-def withdraw(
-    context: typer.Context,
-    plan: PlanName,
-    as_json: Json = False,
-) -> None:
-    """Leave an approved plan for good: no further round is trained, and budget that was never released returns."""
-    acting = Administrator(context.obj)
-    stored, agreed = acting.plan(plan)
-    acting.approval().withdraw(stored.digest, by=getpass.getuser())
-    if as_json:
-        return print_json({"run": str(stored.run_id), "state": "withdrawn"})
-    console.print(f"This site has withdrawn from {agreed.plan.run.name}; what it released stays spent.")
-
-
-# --- The ledger ---
-
-
-@app.command()
-def ledger(
-    context: typer.Context,
-    verify: Annotated[bool, typer.Option("--verify", help="Recompute the chain and check every signature.")] = False,
-    accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="After an older copy was restored and there is no newer one.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --accept-loss: do not ask.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Show what each dataset has spent, what is reserved, and what is left."""
-    if accept_loss:
-        return _accept_loss(Administrator(context.obj), yes, as_json)
-    home = config.SiteHome.open(context.obj)
-    kept, public_key = _ledger_to_read(home)
-    if verify:
-        end = kept.verify(public_key)
-        facts = {"entries": end.number, "head": end.head.hex(), "result": "every entry is where and what it was"}
-        return print_json(facts) if as_json else print_facts(facts)
-    lines = kept.lines(home.settings.policy.budget)
-    if as_json:
-        return print_json(lines)
-    print_table(
-        ["account", "datasets", "spent", "reserved", "left", "cap", "delta", "releases"],
-        [
-            (
-                line.account,
-                ", ".join(line.datasets),
-                f"{line.spent:.3f}",
-                f"{line.reserved:.3f}",
-                f"{line.left:.3f}",
-                f"{line.cap:g}",
-                f"{line.delta:g}",
-                line.releases,
-            )
-            for line in lines
-        ],
-        "No dataset has an account yet; `foedus-site data add` opens one.",
-    )
-
-
-def _ledger_to_read(home: config.SiteHome) -> tuple[Ledger, bytes]:
-    """The ledger and the key to check it by; also after the site has left, when nobody writes it any more."""
-    if (home.path / "identity").exists() or not home.database.exists():
-        acting = Administrator(home.path)
-        return acting.ledger, acting.membership.public_key
-    store = SiteStore(home.database, CLOCK)
-    return Ledger(store, CLOCK, sign=lambda message: b""), bytes.fromhex(store.meta(LEDGER_KEY) or "")
-
-
-def _accept_loss(acting: Administrator, yes: bool, as_json: bool) -> None:
-    try:
-        acting.store.check_high_water()
-    except LocalError as error:
-        amiss = str(error)
-    else:
-        raise LocalError("The ledger is in its newest state, so there is no loss to accept.")
-    if not yes:
-        console.print(
-            f"{amiss}\n\nRuns that were approved since that copy was made are not in it at all: ask the operator "
-        )
-        console.print("which there were, and lower [policy] max_epsilon_lifetime by what they may have spent.\n")
-        typer.confirm("Count every run in it that could have gone on as spent in full?", abort=True)
-    lost = acting.ledger.accept_loss(by=getpass.getuser())
-    if as_json:
-        return print_json({"spent_in_full": [str(run) for run in lost]})
-    console.print(f"{len(lost)} runs count as spent in full. The ledger goes on from here.")
 
 
 def main() -> NoReturn:

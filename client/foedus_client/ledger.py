@@ -1,6 +1,7 @@
 """The privacy ledger: reserved before data is opened, never refunded once released.
 
-A run is reserved whole when it is approved. Each training of a round is a charge of its own: reserved (on disk) before
+A run is reserved whole when it is approved, and the approval itself is an entry: who, when, for what, how much, until
+when. Each training of a round is a charge of its own: reserved (on disk) before
 data is opened, released in the same transaction that puts the vector into the outbox, committed when the coordinator
 acknowledges it. Closing a run returns what was never released; what may have been sent counts as spent. Entries are
 hash-chained and signed by the site. What they amount to is for `accounts`; knows no SQL, and caps are arguments.
@@ -8,19 +9,31 @@ hash-chained and signed by the site. What they amount to is for `accounts`; know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foedus_client.accounts import Account, Budget, Commitment, Run, beyond, fold, reservation
+from foedus_client.accounts import (
+    DAY_SECONDS,
+    Account,
+    Budget,
+    Commitment,
+    Consent,
+    Run,
+    approval,
+    beyond,
+    fold,
+    reservation,
+)
 from foedus_client.data import Survey, share_rows
 from foedus_client.store import OVER, Dataset, SiteStore
 from foedus_common.canonical import labelled
-from foedus_common.clock import Clock
+from foedus_common.clock import Clock, iso
 from foedus_common.errors import LocalError, PolicyRefusal, RemoteError
 from foedus_common.identity import verify as verify_signature
-from foedus_common.journal import BrokenChain, Checkpoint, Entry, next_entry
+from foedus_common.journal import START, BrokenChain, Checkpoint, Entry, follows, next_entry
 from foedus_common.journal import verify as verify_chain
 from foedus_common.plan import AgreedPlan
 from foedus_common.privacy import accounting
@@ -34,7 +47,8 @@ KEY = "ledger_key"
 class Line:
     """One line of `foedus-site ledger`. Epsilons at `delta`; decisions count `spent + reserved` against `cap`.
 
-    left: epsilon of the largest further run that would be admitted (as one Gaussian).
+    left: epsilon of the largest further run that would be admitted (as one Gaussian). today: spent in the last 24
+    hours, of `cap_per_day`.
     """
 
     account: str
@@ -44,6 +58,8 @@ class Line:
     spent: float
     reserved: float
     left: float
+    today: float
+    cap_per_day: float
     runs: int
     releases: int
     releases_without_privacy: int
@@ -102,7 +118,8 @@ class Ledger:
 
     def lines(self, budget: Budget) -> list[Line]:
         """What `foedus-site ledger` shows, one line per account."""
-        return [_line(account, budget) for account in self.accounts().values()]
+        since = self._clock.now() - DAY_SECONDS
+        return [_line(account, budget, since) for account in self.accounts().values()]
 
     def run(self, run_id: int) -> Run:
         """What a run has reserved and spent. Raises LocalError for a run that was never reserved."""
@@ -143,18 +160,53 @@ class Ledger:
             else:
                 self._append("reserve_run", **reservation(commitment, budget.delta))
 
-    def reserve_round(self, run_id: int, round_index: int) -> int:
+    def approve(
+        self, agreed: AgreedPlan, by: str, delta: float, epsilon_cap: float | None, expires_at: float | None
+    ) -> None:
+        """Enter somebody's yes to the plan of a reserved run; a later one counts in place of an earlier one.
+
+        Arguments as in `Consent`. Raises LocalError when the run is not reserved or is closed.
+        """
+        with self._store.transaction("approve"):
+            self._open_run(agreed.run_id)
+            decided = {"by": by, "delta": delta, "epsilon_cap": epsilon_cap, "expires_at": expires_at}
+            self._append("approve", **approval(agreed, **decided))
+
+    def check_approval(self, run_id: int, plan_digest: bytes) -> Consent:
+        """The approval by which a round of this plan may begin now, its signature checked.
+
+        Raises PolicyRefusal when there is none, it is for another plan, or it has expired; BrokenChain when this site
+        did not sign it.
+        """
+        consent = self.run(run_id).consent
+        if consent is None or consent.plan_digest != plan_digest.hex():
+            raise PolicyRefusal([f"Run {run_id} has no approval in the ledger; withdraw from it, or approve it anew."])
+        self._check_signature(consent.number)
+        if not consent.holds(self._clock.now()):
+            raise PolicyRefusal(
+                [
+                    f"The approval of run {run_id} by {consent.by} ended on {iso(consent.expires_at or 0)}; "
+                    f"`foedus-site approve {run_id}` renews it."
+                ]
+            )
+        return consent
+
+    def reserve_round(self, run_id: int, round_index: int, budget: Budget | None = None) -> int:
         """Charge one training of a round, before data is opened; gives the charge's number.
 
         Every call is a new charge: one that was trained before a crash and never reached the outbox stays reserved
-        until the run is closed. Raises PolicyRefusal when the plan's retries are used up or this one would cost more
-        than was approved, LocalError when the run is not reserved or is closed.
+        until the run is closed. budget: whose cap on a day is to hold. Raises PolicyRefusal when the plan's retries are
+        used up, this one would cost more than was approved, or a day has seen enough; LocalError when the run is not
+        reserved or is closed.
         """
         with self._store.transaction("reserve round"):
             run = self._open_run(run_id)
             phase = run.commitment.phase(round_index)
             if run.charges_of(round_index):
                 _require_retry(run, round_index)
+            _require_consent_covers(run, round_index)
+            if budget is not None:
+                self._require_day_allows(run, phase, budget)
             return self._append("reserve_round", run_id=run_id, round=round_index, phase=phase).number
 
     def release(self, charge: int, terms: RoundTerms, vector: VectorRef) -> None:
@@ -218,6 +270,19 @@ class Ledger:
                 raise BrokenChain(entry.number, "it is not signed by this site") from None
         return verify_chain((entry for entry, _ in entries), checkpoints)
 
+    def history(self, budget: Budget, points: int = 24) -> dict[str, list[tuple[float, float]]]:
+        """By account: (Unix seconds, epsilon spent by then), from its first entry on, at most so many `points`."""
+        entries = [entry for entry, _ in self._store.ledger_entries()]
+        found: dict[str, list[tuple[float, float]]] = {}
+        for name, account in fold(entries).items():
+            moments = [entry for entry in entries if _changes(entry.event, account)]
+            chosen = [moments[index * (len(moments) - 1) // max(1, points - 1)] for index in range(points)]
+            numbers = sorted({entry.number: entry for entry in chosen}.items())
+            found[name] = [
+                (entry.event["at"], fold(entries[:number])[name].epsilon(budget.delta)) for number, entry in numbers
+            ]
+        return found
+
     # --- Plumbing ---
 
     def _append(self, event: str, checked: bool = True, **details: Any) -> Entry:
@@ -236,6 +301,33 @@ class Ledger:
             self._store.set_meta(KEY, public_key.hex())
             if before is not None:
                 self._append("new_key", previous=before)
+
+    def _check_signature(self, number: int) -> None:
+        """Raises BrokenChain unless this site signed the entry, and it is in its place."""
+        if self._public_key is None:
+            return
+        entries = self._store.ledger_entries()
+        entry, signature = entries[number - 1]
+        before = Checkpoint(number - 1, entries[number - 2][0].head) if number > 1 else START
+        if not follows(entry, before):
+            raise BrokenChain(number, "its content does not match its hash")
+        try:
+            verify_signature(_keys(entries, self._public_key)[number - 1], signature, _statement(entry), "the entry")
+        except RemoteError:
+            raise BrokenChain(number, "it is not signed by this site") from None
+
+    def _require_day_allows(self, run: Run, phase: int, budget: Budget) -> None:
+        """Raises PolicyRefusal when one more training would pass what a day may spend of the dataset."""
+        commitment, now = run.commitment, self._clock.now()
+        account = self.account(commitment.dataset)
+        if not account.admits_today(commitment.run_id, phase, budget, now):
+            spent = account.spent_since(now - DAY_SECONDS, budget.delta)
+            raise PolicyRefusal(
+                [
+                    f"Dataset {commitment.dataset!r} has spent epsilon {spent:.4g} within 24 hours, and one more round "
+                    f"could pass the {budget.per_day:.4g} (at delta {budget.delta:g}) of [policy] max_epsilon_per_day."
+                ]
+            )
 
     def _open_run(self, run_id: int) -> Run:
         run = self.run(run_id)
@@ -274,7 +366,35 @@ def _require_retry(run: Run, round_index: int) -> None:
         raise PolicyRefusal([f"{again}, and a retry in this phase would cost more than was approved."])
 
 
-def _line(account: Account, budget: Budget) -> Line:
+def _require_consent_covers(run: Run, round_index: int) -> None:
+    """Raises PolicyRefusal unless one more training stays within the epsilon that was approved."""
+    consent, commitment = run.consent, run.commitment
+    if consent is None or consent.epsilon_cap is None or not commitment.private:
+        return
+    if commitment.epsilon(consent.delta) <= consent.epsilon_cap:
+        return  # the whole run does, so whatever `_require_retry` lets through does as well
+    counts = list(run.spent_since(-math.inf))
+    counts[commitment.phase(round_index)] += 1
+    cost = accounting.epsilon(commitment.cost(counts), consent.delta)
+    if cost > consent.epsilon_cap:
+        raise PolicyRefusal(
+            [
+                f"Round {round_index} would bring run {commitment.run_id} to epsilon {cost:.4g}, and it was approved "
+                f"for {consent.epsilon_cap:.4g}."
+            ]
+        )
+
+
+def _changes(event: Mapping[str, Any], account: Account) -> bool:
+    """Whether an entry may change what the account has spent."""
+    if event["event"] == "add_dataset":
+        return bool(event["account"] == account.name)
+    if event["event"] == "accept_loss":
+        return any(run_id in account.runs for run_id in event["runs"])
+    return event["event"] == "release" and event["run_id"] in account.runs
+
+
+def _line(account: Account, budget: Budget, since: float) -> Line:
     spent, held = account.epsilon(budget.delta), account.epsilon(budget.delta, held=True)
     return Line(
         account=account.name,
@@ -284,6 +404,8 @@ def _line(account: Account, budget: Budget) -> Line:
         spent=spent,
         reserved=held - spent if held > spent else 0.0,
         left=account.left(budget),
+        today=account.spent_since(since, budget.delta),
+        cap_per_day=budget.per_day,
         runs=len(account.runs),
         releases=account.releases,
         releases_without_privacy=account.releases_without_privacy,

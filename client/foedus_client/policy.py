@@ -22,14 +22,16 @@ from foedus_common.privacy import accounting
 class SitePolicy:
     """`[policy]` of site.toml. Raises LocalError for values that cannot be.
 
-    max_epsilon_per_run, max_epsilon_lifetime: epsilon_local of one row at `delta`, the latter per dataset; whatever a
-    plan's unit of privacy is, for runs of both units may use the same rows. min_sites: the least
-    that a plan may allow in a sum. must_include: other organisations; at least as many of their sites as there are
+    max_epsilon_per_run, max_epsilon_per_day, max_epsilon_lifetime: epsilon_local of one row at `delta`, the latter two
+    per dataset; whatever a plan's unit of privacy is, for runs of both units may use the same rows. A day is any 24
+    hours. min_sites: the least that a plan may allow in a sum. must_include: other organisations; at least as many of
+    their sites as there are
     names have to be in every sum. base_models: manifest hashes; empty for every model that was added here.
     allow_without_privacy: lets plans with unit = "none" in, which no cap can hold.
     """
 
     max_epsilon_per_run: float = 8.0
+    max_epsilon_per_day: float = 16.0
     max_epsilon_lifetime: float = 16.0
     delta: float = 1e-5
     min_sites: int = 3
@@ -42,8 +44,11 @@ class SitePolicy:
     allow_without_privacy: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 < self.max_epsilon_per_run < math.inf and 0 < self.max_epsilon_lifetime < math.inf):
-            raise LocalError("[policy] max_epsilon_per_run and max_epsilon_lifetime must be above 0.")
+        caps = (self.max_epsilon_per_run, self.max_epsilon_per_day, self.max_epsilon_lifetime)
+        if not all(0 < cap < math.inf for cap in caps):
+            raise LocalError(
+                "[policy] max_epsilon_per_run, max_epsilon_per_day and max_epsilon_lifetime must be above 0."
+            )
         if not 1e-9 <= self.delta <= 1e-3:
             raise LocalError("[policy] delta must be between 1e-9 and 0.001.")
         if self.min_sites < 3:
@@ -53,7 +58,7 @@ class SitePolicy:
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.max_epsilon_lifetime, self.delta)
+        return Budget(self.max_epsilon_lifetime, self.delta, self.max_epsilon_per_day)
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,12 @@ def _about_privacy(agreed: AgreedPlan, policy: SitePolicy, account: Account | No
         yield (
             f"The plan can spend epsilon {epsilon:.4g} at delta {policy.delta:g}, and [policy] max_epsilon_per_run is "
             f"{policy.max_epsilon_per_run:.4g}."
+        )
+    of_a_round = max(accounting.epsilon([event], policy.delta) for event in commitment.events)
+    if of_a_round > policy.max_epsilon_per_day:
+        yield (
+            f"A single round of the plan can spend epsilon {of_a_round:.4g} at delta {policy.delta:g}, and [policy] "
+            f"max_epsilon_per_day is {policy.max_epsilon_per_day:.4g}."
         )
     if account and capped(agreed, policy, account) and not account.admits(commitment, policy.budget):
         yield beyond(account, commitment, policy.budget)

@@ -189,7 +189,7 @@ class SiteRounds:
         trainer = self._trainer(agreed)
         trainer.open()  # a missing device or too little memory for the model costs no charge
 
-        charge = site.ledger.reserve_round(header.run_id, header.round)  # on disk before the data is opened
+        charge = site.ledger.reserve_round(header.run_id, header.round, site.policy.budget)  # on disk, before the data
         update = trainer.train(path, adapter.sha256, round_plan)
         if adapter.sha256 != agreed.first_adapter_sha256:  # which another run may be starting from, too
             site.objects.delete(adapter)
@@ -208,6 +208,7 @@ class SiteRounds:
             raise RemoteError(Reason.CONFIG_MISMATCH, "the invitation names a plan that is not approved here")
         if (invite.plan, invite.plan_signature) != (stored.canonical, stored.signature):
             raise RemoteError(Reason.CONFIG_MISMATCH, "the invitation carries another plan than was approved")
+        site.ledger.check_approval(header.run_id, stored.digest)
         agreed = parse_agreed_plan(stored.canonical)
         site.member.roster(site.clock.now())  # an expired roster vouches for nobody
         rounds = schedule(agreed.plan)

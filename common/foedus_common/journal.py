@@ -59,6 +59,11 @@ def next_entry(last: Checkpoint, at: float, event: str, details: Mapping[str, An
     return Entry(last.number + 1, body, _head(last.number + 1, last.head, body))
 
 
+def follows(entry: Entry, last: Checkpoint) -> bool:
+    """Whether the entry is the one after `last`, as it was written."""
+    return entry.number == last.number + 1 and entry.head == _head(entry.number, last.head, entry.body)
+
+
 def verify(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint] = ()) -> Checkpoint:
     """Recompute the chain, against what others kept of it; gives its end.
 

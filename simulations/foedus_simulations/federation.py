@@ -44,7 +44,11 @@ from foedus_simulations.grids import InProcessGrid
 from foedus_simulations.randomness import seeded
 
 SIMULATED = SitePolicy(
-    max_epsilon_per_run=1000.0, max_epsilon_lifetime=1000.0, require_approval=False, allow_without_privacy=True
+    max_epsilon_per_run=1000.0,
+    max_epsilon_per_day=1000.0,
+    max_epsilon_lifetime=1000.0,
+    require_approval=False,
+    allow_without_privacy=True,
 )
 """Simulated sites approve whatever a study asks for."""
 

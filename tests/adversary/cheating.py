@@ -87,7 +87,7 @@ class Federation:
         self.moles = {
             name: join_site(self.operator, folder / name, name, CLOCK, rows(10), org="Mole Inc") for name in MOLES
         }
-        policy = SitePolicy(max_epsilon_lifetime=1e6, require_approval=False)
+        policy = SitePolicy(max_epsilon_per_day=1e6, max_epsilon_lifetime=1e6, require_approval=False)
         for number, name in enumerate(HONEST):
             include = ("Organisation of bravo",) if name == VICTIM else ()
             settings = SiteSettings(threads=1, policy=dataclasses.replace(policy, must_include=include))

@@ -31,7 +31,7 @@ def account(*runs: Run) -> Account:
 
 
 def open_run(of: Commitment, released: int = 0) -> Run:
-    return Run(of, DELTA, tuple(Charge(number, number, 0, "released") for number in range(released)))
+    return Run(of, DELTA, tuple(Charge(number, number, 0, 0.0, "released") for number in range(released)))
 
 
 def closed_run(of: Commitment, released: int) -> Run:
@@ -64,7 +64,7 @@ def test_the_first_run_is_held_to_its_pld_exactly() -> None:
 def test_a_second_run_passes_the_filter_or_not() -> None:
     """Gaussians of noise 4 each: at the filter's order both together must stay below its budget."""
     budget = Budget(3.0, DELTA)
-    order, limit = accounting.rdp_budget(*vars(budget).values())
+    order, limit = accounting.rdp_budget(budget.epsilon, budget.delta)
     just = math.sqrt(2 * accounting.ORDERS[order] / (2 * limit))  # two of these fill the budget
     for noise, admitted in ((just * 1.001, True), (just * 0.999, False)):
         assert account(open_run(commitment(1, noise))).admits(commitment(2, noise), budget) is admitted

@@ -126,7 +126,7 @@ def test_what_it_does_not_understand_ends_with_2(site: Site, words: str) -> None
 def test_a_plan_is_approved_and_withdrawn_from(site: Site) -> None:
     agreed = site.receives()
     assert site.states == ["pending"]
-    assert site("approve", "7", "--json").json == {"run": "7", "state": "approved"}
+    assert site("approve", "7", "--json").json["state"] == "approved"
     assert site.line["reserved"] > 0
     site.releases(agreed, 0)
     spent = site.line["spent"]
@@ -148,6 +148,47 @@ def test_a_plan_above_policy_is_refused_with_its_reasons(site: Site) -> None:
     assert (ended.code, ended.err) == (2, f"foedus-site: {plan['reasons'][0]}\n")
     assert site("decline", "7", "--json").json == {"run": "7", "state": "declined"}
     assert site("decline", "nothing").code == 2
+
+
+def test_an_approval_says_who_what_how_much_and_until_when(site: Site) -> None:
+    agreed = site.receives()
+    assert "write days or hours" in site("approve", "7", "--expires", "tomorrow").err
+    assert "has to be above 0" in site("approve", "7", "--epsilon-cap", "0").err
+    assert site.states == ["pending"]
+    site("approve", "7", "--by", "Dr. Ada", "--expires", "12h", "--epsilon-cap", "1.5")
+    (plan,) = site("plans", "--json").json
+    said = plan["approval"]
+    assert {key: said[key] for key in ("by", "dataset", "purpose", "epsilon_cap", "holds", "plan_digest")} == {
+        "by": "Dr. Ada",
+        "dataset": "coding-terms",
+        "purpose": agreed.plan.run.purpose,
+        "epsilon_cap": 1.5,
+        "holds": True,
+        "plan_digest": agreed.digest().hex(),
+    }
+    assert "approved by Dr. Ada on " in site("plans").out
+    assert site("status", "--json").json["plans approved"].startswith("1; an approval ends on ")
+    site("approve", "7", "--by", "Bob")  # again: renewed, for all that the plan asks for
+    (plan,) = site("plans", "--json").json
+    said = plan["approval"]
+    assert (said["by"], said["epsilon_cap"]) == ("Bob", pytest.approx(plan["epsilon"], abs=1e-4))
+    assert site("ledger", "--verify").code == 0
+
+
+def test_the_ledger_draws_what_was_spent(site: Site) -> None:
+    agreed = site.receives()
+    site("approve", "7")
+    assert "epsilon spent" not in site("ledger").out
+    for index in range(2):
+        site.releases(agreed, index)
+    out = site("ledger").out
+    assert "coding-terms: epsilon spent, of 16" in out
+    assert "█" in out or "▁" in out
+    (line,) = site("ledger", "--json", "--history").json
+    spent = [epsilon for _, epsilon in line["history"]]
+    assert spent == sorted(spent)
+    assert (spent[0], spent[-1]) == (0.0, line["spent"])
+    assert line["today"] == line["spent"]
 
 
 # --- Pause and leave ---

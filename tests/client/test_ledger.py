@@ -334,6 +334,144 @@ def test_a_release_without_privacy_is_an_infinite_epsilon(ledger: Ledger) -> Non
         ledger.reserve_run(small_plan(), BUDGET)
 
 
+# --- Approvals ---
+
+
+@pytest.fixture
+def signed(store: SiteStore, ledger: Ledger) -> Ledger:
+    """The ledger as the daemon opens it, with the run's plan approved by Ada for a day."""
+    signed = Ledger(store, ManualClock(), KEY.sign, KEY.public_key().public_bytes_raw())
+    signed.reserve_run(small_plan(), BUDGET)
+    signed.approve(small_plan(), "ada", BUDGET.delta, epsilon_cap=50.0, expires_at=ManualClock().now() + 86_400)
+    return signed
+
+
+def test_an_approval_is_a_signed_record_of_who_what_how_much_and_until_when(signed: Ledger) -> None:
+    agreed, now = small_plan(), ManualClock().now()
+    consent = signed.check_approval(7, agreed.digest())
+    assert consent == signed.run(7).consent
+    assert (consent.by, consent.at, consent.expires_at) == ("ada", now, now + 86_400)
+    assert (consent.dataset, consent.purpose) == ("notes", agreed.plan.run.purpose)
+    assert (consent.plan_digest, consent.epsilon_cap, consent.delta) == (agreed.digest().hex(), 50.0, BUDGET.delta)
+    signed.verify(KEY.public_key().public_bytes_raw())
+
+
+def test_no_round_begins_without_an_approval_of_this_plan(signed: Ledger) -> None:
+    with pytest.raises(PolicyRefusal, match="has no approval"):
+        signed.check_approval(7, bytes(32))
+    signed.reserve_run(small_plan(8), BUDGET)
+    with pytest.raises(PolicyRefusal, match="has no approval"):
+        signed.check_approval(8, small_plan(8).digest())
+    with pytest.raises(LocalError, match="no reservation"):
+        signed.approve(small_plan(9), "ada", BUDGET.delta, None, None)
+
+
+def test_an_approval_ends_at_its_second_and_can_be_renewed(signed: Ledger) -> None:
+    clock = signed._clock
+    clock.advance(86_400)
+    signed.check_approval(7, small_plan().digest())
+    clock.advance(0.001)
+    with pytest.raises(PolicyRefusal, match=r"by ada ended on .*; `foedus-site approve 7` renews it"):
+        signed.check_approval(7, small_plan().digest())
+    signed.approve(small_plan(), "bob", BUDGET.delta, None, None)
+    assert signed.check_approval(7, small_plan().digest()).by == "bob"
+
+
+@pytest.mark.parametrize("column", ["signature = zeroblob(64)", "body = replace(body, 'ada', 'eve')"])
+def test_an_approval_that_the_site_did_not_sign_counts_for_nothing(
+    signed: Ledger, store: SiteStore, column: str
+) -> None:
+    alter(store, f"UPDATE ledger SET {column} WHERE number = 3")
+    with pytest.raises(BrokenChain) as caught:
+        signed.check_approval(7, small_plan().digest())
+    assert caught.value.number == 3
+
+
+def test_an_approval_is_found_signed_after_the_keys_were_changed(signed: Ledger, store: SiteStore) -> None:
+    new = Ed25519PrivateKey.from_private_bytes(b"n" * 32)
+    after = Ledger(store, ManualClock(), new.sign, new.public_key().public_bytes_raw())
+    assert after.check_approval(7, small_plan().digest()).by == "ada"
+
+
+def test_a_run_stops_where_its_approval_s_cap_is(signed: Ledger) -> None:
+    """For each number of rounds: a cap of just what they cost lets them in, and the smallest step less does not."""
+    agreed = small_plan()
+    for trained in range(1, 4):
+        cost = accounting.epsilon([accounting.repeated(accounting.event_of_phase(agreed, 0), trained)], BUDGET.delta)
+        signed.approve(agreed, "ada", BUDGET.delta, cost * (1 - 1e-12), None)
+        with pytest.raises(PolicyRefusal, match=f"to epsilon {cost:.4g}, and it was approved for"):
+            signed.reserve_round(7, trained - 1)
+        signed.approve(agreed, "ada", BUDGET.delta, cost, None)
+        train(signed, agreed, trained - 1)
+    assert signed.run(7).spent == (3, 0)
+
+
+# --- A day ---
+
+
+def per_day(epsilon: float) -> Budget:
+    return replace(BUDGET, per_day=epsilon)
+
+
+def test_a_day_lets_in_what_fits_and_the_next_day_begins_anew(ledger: Ledger) -> None:
+    agreed, clock = small_plan(), ledger._clock
+    two = accounting.epsilon([accounting.repeated(accounting.event_of_phase(agreed, 0), 2)], BUDGET.delta)
+    ledger.reserve_run(agreed, BUDGET)
+    train(ledger, agreed, 0)
+    clock.advance(3600)
+    with pytest.raises(PolicyRefusal, match=r"within 24 hours, and one more round could pass .* max_epsilon_per_day"):
+        ledger.reserve_round(7, 1, per_day(two * (1 - 1e-12)))
+    ledger.reserve_round(7, 1, per_day(two))  # in doubt: it may yet be released
+    assert ledger.lines(per_day(two))[0].today == two
+    with pytest.raises(PolicyRefusal):
+        ledger.reserve_round(7, 2, per_day(two))
+    clock.advance(82_800)  # the first is a day old now
+    ledger.reserve_round(7, 2, per_day(two))
+    with pytest.raises(PolicyRefusal):
+        ledger.reserve_round(7, 3, per_day(two))
+
+
+def test_a_day_counts_all_runs_of_a_dataset(ledger: Ledger) -> None:
+    first, second = small_plan(), small_plan(8)
+    ledger.reserve_run(first, BUDGET)
+    ledger.reserve_run(second, BUDGET)
+    train(ledger, first, 0)
+    events = [accounting.repeated(accounting.event_of_phase(first, 0), 2)]
+    with pytest.raises(PolicyRefusal):
+        ledger.reserve_round(8, 0, per_day(accounting.epsilon(events, BUDGET.delta) * (1 - 1e-12)))
+    ledger.reserve_round(8, 0, per_day(3.0 * accounting.epsilon(events, BUDGET.delta)))
+
+
+def test_what_was_never_released_returns_to_the_day_and_what_was_lost_does_not(ledger: Ledger) -> None:
+    agreed = small_plan()
+    ledger.reserve_run(agreed, BUDGET)
+    ledger.reserve_round(7, 0)
+    ledger.close_run(7)
+    assert ledger.lines(BUDGET)[0].today == 0
+    ledger.reserve_run(agreed, BUDGET)
+    ledger.accept_loss("ada")
+    assert ledger.lines(BUDGET)[0].today == accounting.epsilon(accounting.events_of(agreed), BUDGET.delta)
+
+
+def test_without_privacy_a_day_has_no_cap_that_could_hold(ledger: Ledger) -> None:
+    ledger.reserve_run(without_privacy(), BUDGET, capped=False)
+    ledger.reserve_round(9, 0, per_day(0.1))
+    assert ledger.lines(BUDGET)[0].today == 0
+
+
+def test_the_history_begins_with_nothing_and_ends_with_what_is_spent(ledger: Ledger) -> None:
+    agreed = small_plan()
+    ledger.reserve_run(agreed, BUDGET)
+    for index in range(5):
+        ledger._clock.advance(60)
+        train(ledger, agreed, index)
+    for points in (2, 4, 24):
+        history = ledger.history(BUDGET, points)["notes"]
+        assert len(history) == min(points, 6)
+        assert history == sorted(history)
+        assert (history[0][1], history[-1]) == (0.0, (ledger._clock.now(), ledger.lines(BUDGET)[0].spent))
+
+
 # --- Datasets ---
 
 
@@ -428,8 +566,8 @@ RUNS = (7, 8)
 class AnyOrder(RuleBasedStateMachine):
     """Rounds, crashes, acknowledgements and two runs, in any order.
 
-    A failure: what was released costs more than was approved, a release is refunded, or the cap is passed.
-    Not a failure: a refusal, however early.
+    A failure: what was released costs more than was approved, a release is refunded, what is spent decreases, or a cap
+    of a run, of any 24 hours or of the lifetime is passed. Not a failure: a refusal, however early.
     """
 
     @initialize()
@@ -443,7 +581,10 @@ class AnyOrder(RuleBasedStateMachine):
         short = {"phase__0__rounds": 1, "phase__1__rounds": 1, "secure_aggregation__retries": 1}
         self.plans = {run_id: small_plan(run_id, **short) for run_id in RUNS}
         self.approved = accounting.epsilon(accounting.events_of(self.plans[7]), 1e-5)
-        self.budget = Budget(1.1 * self.approved, 1e-5)
+        self.budget = Budget(1.1 * self.approved, 1e-5, per_day=0.8 * self.approved)
+        self.spent = 0.0
+        self.reserved_at: dict[int, float] = {}
+        self.days: list[tuple[float, int, int]] = []
         self.waiting: list[tuple[int, int, int]] = []
         self.released: list[tuple[int, int]] = []
 
@@ -457,7 +598,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(run_id=st.sampled_from(RUNS), index=st.integers(0, 1))
     def open_data(self, run_id: int, index: int) -> None:
         try:
-            self.waiting.append((run_id, index, self.ledger.reserve_round(run_id, index)))
+            self.waiting.append((run_id, index, self.ledger.reserve_round(run_id, index, self.budget)))
+            self.reserved_at[self.waiting[-1][2]] = self.clock.now()
         except (PolicyRefusal, LocalError):
             return
 
@@ -470,6 +612,7 @@ class AnyOrder(RuleBasedStateMachine):
         except LocalError:
             return
         self.released.append((run_id, index))  # with one round a phase, the phase is the round
+        self.days.append((self.reserved_at[charge], run_id, index))
 
     @rule(run_id=st.sampled_from(RUNS), index=st.integers(0, 1))
     def train(self, run_id: int, index: int) -> None:
@@ -479,6 +622,11 @@ class AnyOrder(RuleBasedStateMachine):
             _, _, charge = self.waiting.pop()
             self.ledger.release(charge, terms(self.plans[run_id], index), vector(charge))
             self.released.append((run_id, index))
+            self.days.append((self.reserved_at[charge], run_id, index))
+
+    @rule(hours=st.sampled_from([1, 12, 24]))
+    def time_passes(self, hours: int) -> None:
+        self.clock.advance(3600 * hours)
 
     @rule()
     def crash(self) -> None:
@@ -509,6 +657,16 @@ class AnyOrder(RuleBasedStateMachine):
         assert accounting.epsilon(events, self.budget.delta) <= account.epsilon(self.budget.delta) + 1e-9
         assert account.epsilon(self.budget.delta) <= account.epsilon(self.budget.delta, held=True) + 1e-9
         assert accounting.epsilon(events, self.budget.delta) <= self.budget.epsilon
+        assert account.epsilon(self.budget.delta) >= self.spent
+        self.spent = account.epsilon(self.budget.delta)
+
+    @invariant()
+    def no_day_passes_its_cap(self) -> None:
+        """Of any 24 hours, and so of those that begin with a training."""
+        for begin, _, _ in self.days:
+            late = [(run, phase) for at, run, phase in self.days if begin <= at < begin + 86_400]
+            events = [accounting.event_of_phase(self.plans[run], phase) for run, phase in late]
+            assert accounting.epsilon(events, self.budget.delta) <= self.budget.per_day + 1e-9
 
     @invariant()
     def the_chain_holds(self) -> None:

@@ -23,8 +23,9 @@ MODEL = "a" * 64
 PLAN = agreed_plan()
 EPSILON = accounting.epsilon(accounting.events_of(PLAN), 1e-5)
 UNTRUE = replace(PLAN, noise_multipliers=(1.0, 1.0))
-ROOMY = {"max_epsilon_per_run": 900.0, "max_epsilon_lifetime": 900.0}
-POLICY = SitePolicy(max_epsilon_per_run=EPSILON, max_epsilon_lifetime=EPSILON)
+ROUND = max(accounting.epsilon([accounting.event_of_phase(PLAN, phase)], 1e-5) for phase in (0, 1))
+ROOMY = {"max_epsilon_per_run": 900.0, "max_epsilon_per_day": 900.0, "max_epsilon_lifetime": 900.0}
+POLICY = SitePolicy(max_epsilon_per_run=EPSILON, max_epsilon_per_day=ROUND, max_epsilon_lifetime=EPSILON)
 FACTS = Facts("St. Mary", {"mary": "St. Mary", "north": "North Clinic"}, frozenset({MODEL}), 0)
 FRESH = Account("coding-terms", ("coding-terms",))
 BARE = agreed_plan(
@@ -40,7 +41,7 @@ def used_up() -> Account:
 
 
 def after_a_bare_release() -> Account:
-    run = Run(Commitment.of(replace(BARE, run_id=6)), 1e-5, (Charge(2, 0, 0, "released"),), open=False)
+    run = Run(Commitment.of(replace(BARE, run_id=6)), 1e-5, (Charge(2, 0, 0, 0.0, "released"),), open=False)
     return Account("coding-terms", ("coding-terms",), {6: run})
 
 
@@ -52,6 +53,7 @@ def test_a_plan_at_every_limit_is_allowed() -> None:
 
 EXCEEDED: list[tuple[str, dict[str, Any], str]] = [
     ("max_epsilon_per_run", {"policy": {"max_epsilon_per_run": EPSILON * (1 - 1e-12)}}, "max_epsilon_per_run"),
+    ("max_epsilon_per_day", {"policy": {"max_epsilon_per_day": ROUND * (1 - 1e-12)}}, "single round.*per_day"),
     ("max_epsilon_lifetime", {"policy": {"max_epsilon_lifetime": EPSILON * (1 - 1e-12)}}, "max_epsilon_lifetime"),
     ("max_epsilon_lifetime, used", {"account": used_up()}, "has spent or reserved"),
     ("delta", {"policy": {"delta": 0.9e-5}}, "max_epsilon_per_run"),
@@ -78,7 +80,7 @@ def test_one_step_beyond_is_refused_with_one_sentence(change: dict[str, Any], se
     verdict = decide(plan, facts, policy, change.get("account", FRESH))
     assert isinstance(verdict, Refused)
     assert re.search(sentence, verdict.reasons[0])
-    if change.get("policy") != {"delta": 0.9e-5}:  # a smaller delta exceeds both caps
+    if change.get("policy") != {"delta": 0.9e-5}:  # a smaller delta exceeds all caps
         assert len(verdict.reasons) == 1
 
 
@@ -112,6 +114,7 @@ def test_defaults_are_on_the_safe_side() -> None:
     [
         {"max_epsilon_per_run": 0.0},
         {"max_epsilon_lifetime": -1.0},
+        {"max_epsilon_per_day": 0.0},
         {"max_epsilon_lifetime": float("inf")},
         {"max_epsilon_per_run": float("nan")},
         {"delta": 0.0},

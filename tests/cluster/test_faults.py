@@ -15,7 +15,12 @@ from rigged import STAGES
 ALWAYS, THIRD, FOURTH = ("north", "east"), "south", "west"
 EVERYBODY = tuple(sorted((*ALWAYS, THIRD, FOURTH)))
 WITHOUT_FOURTH = tuple(sorted((*ALWAYS, THIRD)))
-POLICY = {"require_approval": False, "allow_without_privacy": True, "max_epsilon_lifetime": 200.0}
+POLICY = {
+    "require_approval": False,
+    "allow_without_privacy": True,
+    "max_epsilon_lifetime": 200.0,
+    "max_epsilon_per_day": 200.0,
+}
 FOR_THREE = {"adapter__rank": 8}
 """Changes to a plan that the fourth site's policy refuses."""
 

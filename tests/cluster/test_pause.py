@@ -15,7 +15,7 @@ from known_sites import plan_of
 from processes import CLOCK, Cluster
 
 ALWAYS, OTHER = ("east", "north"), "south"
-POLICY = SitePolicy(require_approval=False, max_epsilon_lifetime=200.0)
+POLICY = SitePolicy(require_approval=False, max_epsilon_lifetime=200.0, max_epsilon_per_day=200.0)
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,9 @@ class Consortium:
         store = SiteStore(home / "site.db", self.clock)
         return {
             "member": member,
-            "policy": SitePolicy(**{"require_approval": False, "max_epsilon_lifetime": 40.0, **policy}),
+            "policy": SitePolicy(
+                **{"require_approval": False, "max_epsilon_per_day": 40.0, "max_epsilon_lifetime": 40.0, **policy}
+            ),
             "store": store,
             "ledger": Ledger(store, self.clock, sign=member.key.sign),
             "objects": ObjectStore(home / "objects"),
@@ -537,7 +539,9 @@ def test_a_resumed_run_goes_on_with_the_sites_that_agree_once_more(consortium: M
     assert four.conduct() == "stopped"
     before = four.charges("west")
     west = four.sites["west"]
-    west["policy"] = SitePolicy(max_epsilon_lifetime=40.0)  # from now on with a person's approval
+    west["policy"] = SitePolicy(
+        max_epsilon_per_day=40.0, max_epsilon_lifetime=40.0
+    )  # from now on with a person's approval
     four.start_site("west")
 
     def decide() -> None:

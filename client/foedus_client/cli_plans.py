@@ -1,0 +1,239 @@
+"""The commands of `foedus-site` about plans and what they spend: look, decide, and the ledger.
+
+`cli` has the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+from typing import Annotated, Any
+
+import typer
+
+from foedus_client import config
+from foedus_client.administrator import CLOCK, Administrator
+from foedus_client.ledger import KEY as LEDGER_KEY
+from foedus_client.ledger import Ledger
+from foedus_client.ledger_chart import chart
+from foedus_client.store import SiteStore, StoredPlan
+from foedus_common.certificates import DAY
+from foedus_common.clock import iso
+from foedus_common.errors import LocalError
+from foedus_common.plan import AgreedPlan, parse_agreed_plan
+from foedus_common.privacy import accounting
+from foedus_common.terminal import Json, console, print_facts, print_json, print_table
+
+app = typer.Typer()
+
+PlanName = Annotated[str, typer.Argument(help="Run number, name, or the first digits of the digest.")]
+
+UNITS = {"h": 3600.0, "d": DAY}
+LONGEST_APPROVAL = 366 * DAY
+
+# --- Plans ---
+
+
+@app.command()
+def plans(context: typer.Context, as_json: Json = False) -> None:
+    """Show the plans that arrived, what each would spend, and what stands against it."""
+    acting = Administrator(context.obj)
+    rows = [_plan_row(acting, stored) for stored in acting.store.plans()]
+    if as_json:
+        return print_json(rows)
+    print_table(
+        ["run", "plan", "state", "dataset", "epsilon", "central", "rounds", "purpose"],
+        [
+            (r["run"], r["name"], r["state"], r["dataset"], r["epsilon"], r["central"], r["rounds"], r["purpose"])
+            for r in rows
+        ],
+        "No plan has arrived yet.",
+    )
+    for row in rows:
+        for reason in row["reasons"]:
+            console.print(f"{row['name']}: {reason}", style="yellow", markup=False)
+        if (said := row["approval"]) and said["expires_at"]:
+            until = f"until {said['expires_at']}" if said["holds"] else f"which ended on {said['expires_at']}"
+            console.print(f"{row['name']}: approved by {said['by']} on {said['at']}, {until}.", markup=False)
+    if any(row["state"] == "pending" for row in rows):
+        console.print("Next: foedus-site approve PLAN, or foedus-site decline PLAN")
+
+
+def _plan_row(acting: Administrator, stored: StoredPlan) -> dict[str, Any]:
+    agreed = parse_agreed_plan(stored.canonical)
+    epsilon = acting.approval().epsilon(agreed)
+    return {
+        "run": str(stored.run_id),
+        "name": agreed.plan.run.name,
+        "purpose": agreed.plan.run.purpose,
+        "state": stored.state,
+        "decided_by": stored.decided_by,
+        "dataset": agreed.plan.data.name,
+        "epsilon": "none: no privacy" if epsilon is None else round(epsilon, 4),
+        "central": _central(agreed, acting.home.settings.policy.delta),
+        "rounds": agreed.plan.rounds,
+        "digest": stored.digest.hex(),
+        "reasons": acting.approval().reasons(agreed) if stored.state == "pending" else (),
+        "approval": _consent(acting, stored) if stored.state == "approved" else None,
+    }
+
+
+def _central(agreed: AgreedPlan, delta: float) -> str:
+    """Epsilon of the plan's own unit of privacy while secure aggregation holds."""
+    if not agreed.plan.privacy.on:
+        return "-"
+    return f"{accounting.epsilon(accounting.events_of(agreed, 'central'), delta):.4g} per {agreed.plan.privacy.unit}"
+
+
+def _consent(acting: Administrator, stored: StoredPlan) -> dict[str, Any] | None:
+    """The signed approval as people read it, and whether a round may begin by it now."""
+    consent = acting.ledger.run(stored.run_id).consent
+    if consent is None:
+        return None
+    facts = {key: value for key, value in dataclasses.asdict(consent).items() if key not in ("number", "at")}
+    times = {"at": iso(consent.at), "expires_at": None if consent.expires_at is None else iso(consent.expires_at)}
+    return {**facts, **times, "entry": consent.number, "holds": consent.holds(CLOCK.now())}
+
+
+@app.command()
+def approve(
+    context: typer.Context,
+    plan: PlanName,
+    by: Annotated[str | None, typer.Option(help="Who decides; else this user's name.")] = None,
+    expires: Annotated[str, typer.Option(help="No round begins after so many days or hours: 30d, 12h.")] = "30d",
+    epsilon_cap: Annotated[
+        float | None, typer.Option(help="Take part until the run has released so much; else all that its plan says.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take part in a plan: its whole budget is set aside in the ledger now. Again, to renew or change an approval."""
+    acting = Administrator(context.obj)
+    stored, agreed = acting.plan(plan)
+    expires_at = CLOCK.now() + _seconds(expires)
+    acting.approval().approve(stored.digest, by or getpass.getuser(), expires_at, epsilon_cap)
+    if as_json:
+        return print_json({"run": str(stored.run_id), "state": "approved", "expires_at": iso(expires_at)})
+    console.print(f"{agreed.plan.run.name} is approved; the daemon takes part in it until {iso(expires_at)}.")
+
+
+def _seconds(text: str) -> float:
+    """Of "30d" or "12h". Raises LocalError for anything else."""
+    number, unit = text[:-1], text[-1:]
+    if not (number.isdecimal() and int(number) and unit in UNITS and int(number) * UNITS[unit] <= LONGEST_APPROVAL):
+        raise LocalError(f"--expires {text!r} is no time; write days or hours, at most a year: 30d, 12h.")
+    return int(number) * UNITS[unit]
+
+
+@app.command()
+def decline(
+    context: typer.Context,
+    plan: PlanName,
+    as_json: Json = False,
+) -> None:
+    """Take no part in a plan; the coordinator learns only that."""
+    acting = Administrator(context.obj)
+    stored, agreed = acting.plan(plan)
+    acting.approval().decline(stored.digest, by=getpass.getuser())
+    if as_json:
+        return print_json({"run": str(stored.run_id), "state": "declined"})
+    console.print(f"{agreed.plan.run.name} is declined.")
+
+
+@app.command()
+def withdraw(
+    context: typer.Context,
+    plan: PlanName,
+    as_json: Json = False,
+) -> None:
+    """Leave an approved plan for good: no further round is trained, and budget that was never released returns."""
+    acting = Administrator(context.obj)
+    stored, agreed = acting.plan(plan)
+    acting.approval().withdraw(stored.digest, by=getpass.getuser())
+    if as_json:
+        return print_json({"run": str(stored.run_id), "state": "withdrawn"})
+    console.print(f"This site has withdrawn from {agreed.plan.run.name}; what it released stays spent.")
+
+
+# --- The ledger ---
+
+
+@app.command()
+def ledger(
+    context: typer.Context,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute the chain and check every signature.")] = False,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="After an older copy was restored and there is no newer one.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --accept-loss: do not ask.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="With --json: what was spent by when, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what each dataset has spent, what is reserved, what is left, and how it came to that."""
+    if accept_loss:
+        return _accept_loss(Administrator(context.obj), yes, as_json)
+    home = config.SiteHome.open(context.obj)
+    kept, public_key = _ledger_to_read(home)
+    if verify:
+        end = kept.verify(public_key)
+        facts = {"entries": end.number, "head": end.head.hex(), "result": "every entry is where and what it was"}
+        return print_json(facts) if as_json else print_facts(facts)
+    budget = home.settings.policy.budget
+    lines = kept.lines(budget)
+    if as_json:
+        spent = kept.history(budget) if history else {}
+        return print_json([{**dataclasses.asdict(line), **_points(spent, line.account)} for line in lines])
+    print_table(
+        ["account", "datasets", "spent", "reserved", "left", "cap", "24 hours", "delta", "releases"],
+        [
+            (
+                line.account,
+                ", ".join(line.datasets),
+                f"{line.spent:.3f}",
+                f"{line.reserved:.3f}",
+                f"{line.left:.3f}",
+                f"{line.cap:g}",
+                f"{line.today:.3f} of {line.cap_per_day:g}",
+                f"{line.delta:g}",
+                line.releases,
+            )
+            for line in lines
+        ],
+        "No dataset has an account yet; `foedus-site data add` opens one.",
+    )
+    for account, points in kept.history(budget).items():
+        if len(points) > 1:
+            console.print(f"\n{account}: epsilon spent, of {budget.epsilon:g}", markup=False)
+            for drawn in chart(points, budget.epsilon, CLOCK.now()):
+                console.print(drawn, markup=False, highlight=False, soft_wrap=True)
+
+
+def _points(spent: dict[str, list[tuple[float, float]]], account: str) -> dict[str, Any]:
+    return {"history": [[iso(at), epsilon] for at, epsilon in spent[account]]} if spent else {}
+
+
+def _ledger_to_read(home: config.SiteHome) -> tuple[Ledger, bytes]:
+    """The ledger and the key to check it by; also after the site has left, when nobody writes it any more."""
+    if (home.path / "identity").exists() or not home.database.exists():
+        acting = Administrator(home.path)
+        return acting.ledger, acting.membership.public_key
+    store = SiteStore(home.database, CLOCK)
+    return Ledger(store, CLOCK, sign=lambda message: b""), bytes.fromhex(store.meta(LEDGER_KEY) or "")
+
+
+def _accept_loss(acting: Administrator, yes: bool, as_json: bool) -> None:
+    try:
+        acting.store.check_high_water()
+    except LocalError as error:
+        amiss = str(error)
+    else:
+        raise LocalError("The ledger is in its newest state, so there is no loss to accept.")
+    if not yes:
+        console.print(
+            f"{amiss}\n\nRuns that were approved since that copy was made are not in it at all: ask the operator "
+        )
+        console.print("which there were, and lower [policy] max_epsilon_lifetime by what they may have spent.\n")
+        typer.confirm("Count every run in it that could have gone on as spent in full?", abort=True)
+    lost = acting.ledger.accept_loss(by=getpass.getuser())
+    if as_json:
+        return print_json({"spent_in_full": [str(run) for run in lost]})
+    console.print(f"{len(lost)} runs count as spent in full. The ledger goes on from here.")
