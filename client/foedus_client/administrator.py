@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from foedus_client.approval import Approval
+from foedus_client.audit import note_standing
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
 from foedus_client.high_water import mark_name, state_folder
@@ -28,6 +29,7 @@ class Administrator:
         mark = mark_name(member.name, member.token.root_public_key)
         self.store = self.home.store(CLOCK, state_folder(os.environ), mark)
         self.ledger = Ledger(self.store, CLOCK, member.key.sign, member.public_key)
+        note_standing(self.store, member, self.home.settings.policy)
 
     def approval(self) -> Approval:
         roster = self.membership.roster(CLOCK.now())

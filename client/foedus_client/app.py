@@ -21,6 +21,7 @@ def client_app(rounds: SiteRounds) -> ClientApp:
     for stage in STAGES:
         app.query(stage)(_handler(rounds.step))
     app.query("end")(_handler(rounds.end))
+    app.query("journal")(_handler(rounds.journal))
     return app
 
 

@@ -15,6 +15,7 @@ import typer
 
 from foedus_client import cli_plans, config, enrol
 from foedus_client.administrator import CLOCK, Administrator
+from foedus_client.cli_audit import audit_app
 from foedus_client.data import survey
 from foedus_client.doctor import findings
 from foedus_client.high_water import state_folder
@@ -43,6 +44,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Datasets; their rows never le
 app.add_typer(cli_plans.app)
 app.add_typer(model_app, name="model")
 app.add_typer(data_app, name="data")
+app.add_typer(audit_app, name="audit")
 
 ASK_SECONDS = 2.0
 NOT_BACKED_UP = frozenset({"daemon.lock", "partial"})
@@ -177,6 +179,7 @@ def leave(
         for plan in acting.store.plans():
             if plan.state == "approved":
                 acting.approval().withdraw(plan.digest, by=getpass.getuser())
+        acting.store.log("site.left", by=getpass.getuser())
         enrol.leave(acting.home.path)
     if as_json:
         return print_json({"site": name, "left": True})
@@ -200,6 +203,7 @@ def backup(
 ) -> None:
     """Write the home to one file, also while the daemon runs. Models and data stay where they are."""
     acting = Administrator(context.obj)
+    acting.store.log("backup.made", by=getpass.getuser())
     made = write_backup(
         file,
         acting.home.path,
@@ -223,6 +227,7 @@ def restore(
     """Make a new home of a backup. One that is older than what this machine remembers will not be worked with."""
     restored = restore_backup(file, context.obj, "site")
     acting = Administrator(context.obj)
+    acting.store.log("home.restored", made_at=iso(restored.made_at), by=getpass.getuser())
     acting.store.check_high_water()
     if as_json:
         return print_json({"home": str(acting.home.path), **dataclasses.asdict(restored)})

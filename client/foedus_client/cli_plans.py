@@ -13,10 +13,9 @@ import typer
 
 from foedus_client import config
 from foedus_client.administrator import CLOCK, Administrator
-from foedus_client.ledger import KEY as LEDGER_KEY
-from foedus_client.ledger import Ledger
+from foedus_client.cli_audit import site_to_read
 from foedus_client.ledger_chart import chart
-from foedus_client.store import SiteStore, StoredPlan
+from foedus_client.store import StoredPlan
 from foedus_common.certificates import DAY
 from foedus_common.clock import iso
 from foedus_common.errors import LocalError
@@ -172,7 +171,7 @@ def ledger(
     if accept_loss:
         return _accept_loss(Administrator(context.obj), yes, as_json)
     home = config.SiteHome.open(context.obj)
-    kept, public_key = _ledger_to_read(home)
+    _, kept, public_key = site_to_read(home)
     if verify:
         end = kept.verify(public_key)
         facts = {"entries": end.number, "head": end.head.hex(), "result": "every entry is where and what it was"}
@@ -209,15 +208,6 @@ def ledger(
 
 def _points(spent: dict[str, list[tuple[float, float]]], account: str) -> dict[str, Any]:
     return {"history": [[iso(at), epsilon] for at, epsilon in spent[account]]} if spent else {}
-
-
-def _ledger_to_read(home: config.SiteHome) -> tuple[Ledger, bytes]:
-    """The ledger and the key to check it by; also after the site has left, when nobody writes it any more."""
-    if (home.path / "identity").exists() or not home.database.exists():
-        acting = Administrator(home.path)
-        return acting.ledger, acting.membership.public_key
-    store = SiteStore(home.database, CLOCK)
-    return Ledger(store, CLOCK, sign=lambda message: b""), bytes.fromhex(store.meta(LEDGER_KEY) or "")
 
 
 def _accept_loss(acting: Administrator, yes: bool, as_json: bool) -> None:

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 from foedus_client.app import client_app
+from foedus_client.audit import note_standing
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
 from foedus_client.high_water import mark_name
@@ -44,6 +45,7 @@ class Daemon:
         membership = Membership(home.path)
         self._store = home.store(clock, state, mark_name(membership.name, membership.token.root_public_key))
         self._store.check_high_water()
+        note_standing(self._store, membership, home.settings.policy)
         objects = ObjectStore(home.objects)
         self._link = SiteLink(
             site=membership.name,

@@ -266,9 +266,13 @@ class Ledger:
             try:
                 verify_signature(key, signature, _statement(entry), "the entry")
             except RemoteError:
-                verify_chain((entry for entry, _ in entries), checkpoints)
-                raise BrokenChain(entry.number, "it is not signed by this site") from None
-        return verify_chain((entry for entry, _ in entries), checkpoints)
+                verify_chain((entry for entry, _ in entries), checkpoints, "ledger")
+                raise BrokenChain(entry.number, "it is not signed by this site", "ledger") from None
+        return verify_chain((entry for entry, _ in entries), checkpoints, "ledger")
+
+    def keys(self, public_key: bytes) -> set[bytes]:
+        """All that this site ever signed with; public_key: the newest, 32 bytes."""
+        return {public_key, *_keys(self._store.ledger_entries(), public_key)}
 
     def history(self, budget: Budget, points: int = 24) -> dict[str, list[tuple[float, float]]]:
         """By account: (Unix seconds, epsilon spent by then), from its first entry on, at most so many `points`."""

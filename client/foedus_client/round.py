@@ -4,6 +4,7 @@
     invite    reserve in the ledger (on disk) -> open the data and train -> encode -> outbox (on disk) -> Ready
     step      the cryptographic stages A0 to A5, each answer stored before it is sent
     end       the run is over; what was reserved and never released returns
+    journal   each side shows the other the head of its journal; no round depends on it
 
 Each takes the bytes of one envelope from the coordinator and gives the bytes of one signed envelope. The coordinator is
 not trusted: whatever does not check ends in a bare Declined, and the reason stays in the site's own log. Knows no
@@ -26,12 +27,14 @@ from numpy.typing import NDArray
 
 from foedus_client.accounts import Commitment
 from foedus_client.approval import Approval
+from foedus_client.audit import notary, note_roster
 from foedus_client.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
 from foedus_common.clock import Clock
 from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason, RemoteError
 from foedus_common.identity import Roster, SignedPlan
+from foedus_common.journal import Refusals
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import AgreedPlan, RoundPlan, parse_agreed_plan, schedule
 from foedus_common.privacy.site_level import noised_update
@@ -105,6 +108,7 @@ class SiteRounds:
         self._sessions: dict[int, tuple[m.AttemptId, SiteSession, SiteState]] = {}
         self._trainers: dict[int, Trainer] = {}
         self._training: set[int] = set()
+        self._refusals = Refusals(site.store.log, site.clock)
 
     # --- A plan arrives ---
 
@@ -115,7 +119,7 @@ class SiteRounds:
             agreed = self._receive_plan(envelope)
             willing = self._decide(agreed)
         except FoedusError as error:
-            logger.warning("run %d: the proposed plan is not accepted: %s", envelope.header.run_id, error)
+            self._refuse("plan.refused", "the plan is not accepted", envelope.header, error)
             willing = False
         return self._answer(envelope.header, m.Ready() if willing else m.Declined())
 
@@ -127,6 +131,7 @@ class SiteRounds:
         shown = ObjectRef(proposal.roster.digest.hex(), proposal.roster.size)
         signed_roster = site.courier.fetch(header.run_id, shown).read_bytes()
         roster = site.member.accept_roster(signed_roster, site.clock.now())
+        note_roster(site.store, roster)
         agreed = SignedPlan(proposal.plan, proposal.plan_signature).verify(roster.plan_key)
         if (agreed.run_id, agreed.digest()) != (header.run_id, header.binding):
             raise RemoteError(Reason.CONFIG_MISMATCH, "the proposal's envelope names another plan than it carries")
@@ -170,7 +175,7 @@ class SiteRounds:
         try:
             self._make_vector(envelope)
         except FoedusError as error:
-            logger.warning("run %d, round %d: declined: %s", header.run_id, header.round + 1, error)
+            self._refuse("round.refused", "declined", header, error)
             return self._answer(header, m.Declined())
         finally:
             self._training.discard(header.run_id)
@@ -237,7 +242,7 @@ class SiteRounds:
         try:
             session, state = self._session(attempt)
         except FoedusError as error:
-            logger.warning("run %d, round %d: %s", attempt.run_id, attempt.round + 1, error)
+            self._refuse("round.refused", "declined", envelope.header, error)
             return self._answer(envelope.header, m.Declined())
         state, effects = session.step(state, request)
         self._sessions.pop(attempt.run_id, None)  # should an effect fail, then this is a crash: only the disk counts
@@ -252,7 +257,7 @@ class SiteRounds:
                     for ref in objects:
                         self._site.objects.delete(ObjectRef(ref.digest.hex(), ref.size))
                 case Abort(why):
-                    logger.warning("run %d, round %d: stopped: %s", attempt.run_id, attempt.round + 1, why)
+                    self._refuse("attempt.aborted", "stopped", envelope.header, why)
         self._sessions[attempt.run_id] = (attempt, session, state)
         if isinstance(state.stage, Agreed | Finished):  # the coordinator named this site a survivor: it has the vector
             self._site.ledger.commit(attempt.run_id, attempt.round)
@@ -286,6 +291,27 @@ class SiteRounds:
         message = wire.parse_envelope(answer).message
         if isinstance(message, m.MaskedInput):
             self._site.courier.push(run_id, ObjectRef(message.vector.digest.hex(), message.vector.size))
+
+    # --- Beside the rounds ---
+
+    def journal(self, request: bytes) -> bytes:
+        """This journal's head for the coordinator's, each signed by both sides."""
+        envelope = self._open(request)
+        site, header = self._site, envelope.header
+        try:
+            if not isinstance(envelope.message, m.JournalHeads) or site.store.plan(header.binding) is None:
+                raise RemoteError(Reason.WRONG_STAGE, "heads of journals are shown in runs that are known here")
+            coordinator_key = site.member.roster(site.clock.now()).plan_key
+            ours = notary(site.store, site.member)
+            with site.store.transaction("heads of journals"):
+                amiss = ours.take(wire.COORDINATOR, coordinator_key, envelope.message)
+                answer = ours.show(wire.COORDINATOR, ours.sign_end(), envelope.message.own)
+        except FoedusError as error:
+            self._refuse("heads.refused", "no head of the journal is shown", header, error)
+            return self._answer(header, m.Declined())
+        for sentence in amiss:
+            logger.warning("%s `foedus-site audit verify` says more.", sentence)
+        return self._answer(header, answer)
 
     # --- The end ---
 
@@ -323,6 +349,16 @@ class SiteRounds:
         self._site.stopping.set()
         for trainer in list(self._trainers.values()):
             trainer.stop()
+
+    # --- Refusals ---
+
+    def _refuse(self, event: str, what: str, header: wire.Header, error: FoedusError) -> None:
+        """The sentence goes into the log, for it may name numbers that only this site should know; the kind into the
+        journal."""
+        logger.warning("run %d, round %d: %s: %s", header.run_id, header.round + 1, what, error)
+        kind = error.reason.value if isinstance(error, RemoteError) else type(error).__name__
+        where = {"run": str(header.run_id), "round": header.round, "attempt": header.attempt}
+        self._refusals.note(event, **where, reason=kind)
 
     # --- Envelopes ---
 

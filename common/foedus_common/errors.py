@@ -48,11 +48,13 @@ class DropReason(StrEnum):
 
 
 class FoedusError(Exception):
-    """Base of every error that has a sentence for a person."""
+    """Base of every error that has a sentence for a person. exit_code: of a program that ends with it."""
+
+    exit_code = 2
 
 
 class LocalError(FoedusError):
-    """What was asked of this machine cannot be: the input, the configuration or the state is wrong. Exit code 2."""
+    """What was asked of this machine cannot be: the input, the configuration or the state is wrong."""
 
 
 class RemoteError(FoedusError):
@@ -60,6 +62,8 @@ class RemoteError(FoedusError):
 
     `reason` is the named check that failed; `suspects` are the sites it may have been, never a proof.
     """
+
+    exit_code = 1
 
     def __init__(self, reason: Reason, message: str, suspects: Sequence[str] = ()) -> None:
         super().__init__(f"{reason}: {message}")

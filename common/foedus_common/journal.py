@@ -8,12 +8,19 @@ Knows no disk: a log is anything that gives its entries in order.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from foedus_common.canonical import canonical_json, digest
+from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
+
+REFUSALS_APART = 60.0
+"""Seconds."""
+REFUSALS_KEPT = 256
 
 GENESIS = bytes(32)
 """The head before the first entry."""
@@ -46,10 +53,12 @@ START = Checkpoint(0, GENESIS)
 
 
 class BrokenChain(LocalError):
-    """The log is not what was written. `number` is the first entry that is bad or missing."""
+    """The log is not what was written. `number` is the first entry that is bad or missing in `log`."""
 
-    def __init__(self, number: int, what: str) -> None:
-        super().__init__(f"The journal is broken at entry {number}: {what}.")
+    exit_code = 1
+
+    def __init__(self, number: int, what: str, log: str = "journal") -> None:
+        super().__init__(f"The {log} is broken at entry {number}: {what}.")
         self.number = number
 
 
@@ -64,8 +73,8 @@ def follows(entry: Entry, last: Checkpoint) -> bool:
     return entry.number == last.number + 1 and entry.head == _head(entry.number, last.head, entry.body)
 
 
-def verify(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint] = ()) -> Checkpoint:
-    """Recompute the chain, against what others kept of it; gives its end.
+def verify(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint] = (), log: str = "journal") -> Checkpoint:
+    """Recompute the chain of `log`, against what others kept of it; gives its end.
 
     Raises:
         BrokenChain: names the first entry that was altered, dropped, inserted or moved, that differs from a
@@ -78,15 +87,37 @@ def verify(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint] = ()) -> 
     for entry in entries:
         number = last.number + 1
         if entry.number != number:
-            raise BrokenChain(number, f"entry {entry.number} is in its place")
+            raise BrokenChain(number, f"entry {entry.number} is in its place", log)
         if entry.head != _head(number, last.head, entry.body):
-            raise BrokenChain(number, "its content does not match its hash")
+            raise BrokenChain(number, "its content does not match its hash", log)
         if known.get(number, {entry.head}) != {entry.head}:
-            raise BrokenChain(number, "it differs from what was there when the checkpoint was taken")
+            raise BrokenChain(number, "it differs from what was there when the checkpoint was taken", log)
         last = Checkpoint(number, entry.head)
     if max(known, default=0) > last.number:
-        raise BrokenChain(last.number + 1, "it is missing, and everything after it")
+        raise BrokenChain(last.number + 1, "it is missing, and everything after it", log)
     return last
+
+
+class Refusals:
+    """Enters what was refused: what repeats itself within a minute is entered once, and then counted. Others can knock
+    as often as they like, and the journal must not grow with it."""
+
+    def __init__(self, log: Callable[..., None], clock: Clock) -> None:
+        self._log = log
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[tuple[Any, ...], tuple[float, int]] = OrderedDict()
+
+    def note(self, event: str, **details: Any) -> None:
+        kind = (event, *details.values())
+        with self._lock:
+            entered_at, since = self._seen.pop(kind, (float("-inf"), 0))
+            if self._clock.monotonic() - entered_at >= REFUSALS_APART:
+                self._log(event, **details, count=since + 1)
+                entered_at, since = self._clock.monotonic(), -1
+            self._seen[kind] = (entered_at, since + 1)
+            if len(self._seen) > REFUSALS_KEPT:
+                self._seen.popitem(last=False)
 
 
 def _head(number: int, before: bytes, body: bytes) -> bytes:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from foedus_common.errors import FoedusError, RemoteError
+from foedus_common.errors import FoedusError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 """The option of every command that prints a result."""
@@ -31,7 +31,7 @@ def run(app: typer.Typer, name: str) -> NoReturn:
         app(prog_name=name, standalone_mode=True)
     except FoedusError as error:
         errors.print(f"{name}: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(1 if isinstance(error, RemoteError) else 2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

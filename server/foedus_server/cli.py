@@ -11,11 +11,11 @@ import signal
 import threading
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from foedus_common import journal, terminal
+from foedus_common import terminal
 from foedus_common.backup import restore_backup, write_backup
 from foedus_common.checks import show
 from foedus_common.clock import SystemClock, iso
@@ -34,6 +34,7 @@ from foedus_common.identity import (
 from foedus_common.randomness import system_random
 from foedus_common.terminal import Json, console, errors, print_facts, print_json, print_table
 from foedus_server import config
+from foedus_server.cli_audit import audit_app
 from foedus_server.cli_runs import model_app, operator, plan_app, run_app
 from foedus_server.doctor import findings
 from foedus_server.registry import Registry
@@ -50,7 +51,6 @@ root_app = typer.Typer(no_args_is_help=True, help="The consortium's root key, on
 site_app = typer.Typer(no_args_is_help=True, help="Who belongs to the federation.")
 authority_app = typer.Typer(no_args_is_help=True, help="Who signs the certificates that open the link.")
 roster_app = typer.Typer(no_args_is_help=True, help="The list of members that the root signs.")
-audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened here.")
 for name, group in {
     "root": root_app,
     "site": site_app,
@@ -383,19 +383,6 @@ def read_limited(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise LocalError(f"{path} is larger than the {limit} bytes that such a file can have.")
     return data
-
-
-# --- Audit ---
-
-
-@audit_app.command("verify")
-def audit_verify(context: typer.Context, as_json: Json = False) -> None:
-    """Recompute the journal's chain; names the first bad entry."""
-    end = journal.verify(operator(context).store.database.entries())
-    facts: dict[str, Any] = {"entries": end.number, "head": end.head.hex()}
-    if as_json:
-        return print_json(facts)
-    print_facts({**facts, "result": "every entry is where and what it was"})
 
 
 def main() -> NoReturn:

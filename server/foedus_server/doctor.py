@@ -15,7 +15,6 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from foedus_common import journal
 from foedus_common.certificates import read_certificate
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
 from foedus_common.clock import Clock, iso
@@ -23,6 +22,7 @@ from foedus_common.errors import LocalError
 from foedus_common.identity import SignedRoster
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.objects import ObjectStore
+from foedus_server.audit import verify
 from foedus_server.config import Home
 from foedus_server.store import Model, Run, Store
 
@@ -143,7 +143,7 @@ def _software() -> str:
 def _database(home: Home, clock: Clock) -> str:
     store = home.store(clock)
     try:
-        end = journal.verify(store.database.entries())
+        end = verify(home, store).end
     finally:
         store.close()
     return f"It opens, and the journal's {end.number} entries are where and what they were."

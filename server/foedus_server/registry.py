@@ -8,7 +8,6 @@ roster that lists it. Only then does the site get a certificate. Knows no transp
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -28,6 +27,7 @@ from foedus_common.enrolment import (
 )
 from foedus_common.errors import LocalError, RemoteError
 from foedus_common.identity import Roster, RosterSite, SignedRoster, check_org, check_site_name, public_bytes
+from foedus_common.journal import Refusals
 from foedus_common.randomness import RandomBytes
 from foedus_server.authorities import Authorities
 from foedus_server.config import Home
@@ -37,9 +37,6 @@ ROSTER_DAYS = 180
 RENEW_SITE_DAYS = 30
 """A site that asks gets a new certificate when its own ends within so many days."""
 DIRECTORY_SECONDS = 0.25
-REFUSALS_LOGGED_EVERY = 60.0
-"""Seconds. Strangers can knock as often as they like; the journal must not grow with it."""
-REFUSALS_KEPT = 256
 
 
 class Registry:
@@ -54,7 +51,7 @@ class Registry:
         self._members = store.members
         self._clock = clock
         self._random = random
-        self._refusals = _Refusals(store, clock)
+        self._refusals = Refusals(store.database.record, clock)
 
     # --- The operator's actions ---
 
@@ -266,24 +263,3 @@ class ApprovedSites:
                 self._read_at = self._clock.monotonic()
             not_after = self._valid.get((san_name, certificate_sha256))
         return not_after is not None and self._clock.now() <= not_after
-
-
-class _Refusals:
-    """Journals who was refused: at most one entry a minute of each kind, which counts those since the last."""
-
-    def __init__(self, store: Store, clock: Clock) -> None:
-        self._store = store
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._seen: OrderedDict[tuple[str, ...], tuple[float, int]] = OrderedDict()
-
-    def note(self, event: str, **details: str) -> None:
-        kind = (event, *details.values())
-        with self._lock:
-            logged_at, since = self._seen.pop(kind, (float("-inf"), 0))
-            if self._clock.monotonic() - logged_at >= REFUSALS_LOGGED_EVERY:
-                self._store.database.record(event, **details, count=since + 1)
-                logged_at, since = self._clock.monotonic(), -1
-            self._seen[kind] = (logged_at, since + 1)
-            if len(self._seen) > REFUSALS_KEPT:
-                self._seen.popitem(last=False)

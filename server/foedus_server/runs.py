@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foedus_common.adapters import AdapterSpec, adapter_bytes, load_adapter, parse_spec, save_adapter
+from foedus_common.checkpoints import Notary
 from foedus_common.clock import Clock
 from foedus_common.errors import FoedusError, LocalError, Reason, RemoteError
 from foedus_common.identity import Roster, SignedPlan, SignedRoster
@@ -44,13 +45,15 @@ ATTEMPTS = 6
 
 @dataclass(frozen=True)
 class Coordinator:
-    """What conducting a run needs. `roster()` is the newest one that the root signed, verified."""
+    """What conducting a run needs. `roster()` is the newest one that the root signed, verified; `notary` exchanges the
+    heads of journals with the sites."""
 
     store: Store
     objects: ObjectStore
     clock: Clock
     patience: Patience
     roster: Callable[[], tuple[SignedRoster, Roster]]
+    notary: Notary
 
 
 def conduct(coordinator: Coordinator, run_id: int, grid: RoundGrid) -> None:
@@ -96,6 +99,7 @@ class _Conductor:
         self._spec: AdapterSpec = parse_spec(run.spec)
         self._proposed: dict[str, str] = {}
         self._willing: set[str] = set()
+        self._heads: dict[str, str] = {}
         self._presence = Presence(grid, coordinator.clock)
 
     # --- The plan before the sites ---
@@ -175,6 +179,7 @@ class _Conductor:
             attempt, result = self._attempt(round_plan)
             if isinstance(result, Committed):
                 self._commit(round_plan, attempt, result)
+                self._show_heads()
                 return
             error = result.error
             self._coordinator.store.runs.abort_attempt(attempt, str(error))
@@ -187,6 +192,7 @@ class _Conductor:
         while True:
             self._check_stopped()
             self._take_decisions()
+            self._take_heads()
             self._follow_roster()
             here = self._presence.here() & self._willing
             if len(here) >= fewest:
@@ -207,7 +213,7 @@ class _Conductor:
             round_plan=round_plan,
             attempt=attempt.attempt,
             adapter=self._current_adapter(),
-            sites=tuple(sorted(self._willing & set(self._roster.public_keys))),
+            sites=tuple(self._members()),
         )
 
         def save(stage: str, log: RoundLog) -> None:
@@ -289,16 +295,52 @@ class _Conductor:
 
     def tell_end(self, end: m.End) -> None:
         """Best effort: a site that is away learns it when it asks, or from nobody; nothing depends on it."""
-        sites = sorted(self._willing & set(self._roster.public_keys))
-        messages = [
-            self._grid.message(site, "query.end", self._envelope(site, m.RunEnded(end)), ttl=60) for site in sites
-        ]
-        waiting = set(self._grid.push_messages(messages))
         deadline = self._coordinator.clock.monotonic() + 5
-        while waiting and self._coordinator.clock.monotonic() < deadline:
-            waiting -= {reply.metadata.reply_to_message_id for reply in self._grid.pull_messages(waiting)}
-            if waiting:
-                self._grid.wait(LOOK_SECONDS)
+        sites = self._members()
+        ids = self._push("query.end", {site: m.RunEnded(end) for site in sites})
+        for _ in range(2):  # the second time each side signs the last that it was shown
+            self._show_heads()
+            while self._heads and self._coordinator.clock.monotonic() < deadline:
+                self._take_heads()
+                if self._heads:
+                    self._grid.wait(LOOK_SECONDS)
+        self._grid.pull_messages(ids)
+
+    def _show_heads(self) -> None:
+        """To the sites that take part; their answers are taken when there is time."""
+        self._grid.forget(self._heads)  # of sites that are away: what follows says more
+        notary = self._coordinator.notary
+        own = notary.sign_end()
+        self._heads = self._push("query.journal", {site: notary.show(site, own) for site in self._members()})
+
+    def _take_heads(self) -> None:
+        """What has arrived since the last look. Nothing in a run depends on it; the journal has what is amiss."""
+        for reply in self._grid.pull_messages(list(self._heads)):
+            site = self._heads.pop(reply.metadata.reply_to_message_id)
+            try:
+                if not reply.has_error():
+                    self._take_head(site, body_of(reply))
+            except RemoteError as error:
+                logger.warning("%s showed no head of its journal: %s", site, error)
+
+    def _take_head(self, site: str, body: bytes) -> None:
+        envelope, key = wire.parse_envelope(body), self._roster.site(site).public_key
+        envelope.verify(key)
+        if envelope.header != self._header(site, wire.COORDINATOR) or not isinstance(envelope.message, m.JournalHeads):
+            raise RemoteError(Reason.WRONG_STAGE, "the answer holds no heads of journals", (site,))
+        for sentence in self._coordinator.notary.take(site, key, envelope.message):
+            logger.error("%s `foedus audit verify` says more.", sentence)
+
+    def _members(self) -> list[str]:
+        return sorted(self._willing & set(self._roster.public_keys))
+
+    def _push(self, message_type: str, messages: Mapping[str, m.ToSite]) -> dict[str, str]:
+        """Sites by the ids of what was sent to them."""
+        envelopes = [
+            self._grid.message(site, message_type, self._envelope(site, message), ttl=60)
+            for site, message in messages.items()
+        ]
+        return dict(zip(self._grid.push_messages(envelopes), messages, strict=True))
 
     def _header(self, source: str, destination: str) -> wire.Header:
         return wire.Header(self._run_id, 0, 0, self.agreed.digest(), source, destination, sequence=0)

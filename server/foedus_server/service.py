@@ -19,6 +19,7 @@ from foedus_common.plan import schedule
 from foedus_common.randomness import RandomBytes
 from foedus_common.terms import field_layout
 from foedus_server.app import server_app
+from foedus_server.audit import notary
 from foedus_server.config import Home
 from foedus_server.link import LinkServer, LinkStopping
 from foedus_server.registry import ApprovedSites, Registry
@@ -40,7 +41,9 @@ class Service:
         self._root_public_key = home.root_public_key()
         self._clock = clock
         objects = ObjectStore(home.objects)
-        self._coordinator = Coordinator(self._store, objects, clock, home.settings.patience, self._roster)
+        self._coordinator = Coordinator(
+            self._store, objects, clock, home.settings.patience, self._roster, notary(home, self._store)
+        )
         self._authorities = self._registry.authorities
         self._shown = self._authorities.tls()
         self._looked_at = clock.monotonic()

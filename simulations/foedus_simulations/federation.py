@@ -34,6 +34,7 @@ from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_server import config
 from foedus_server.app import server_app
+from foedus_server.audit import notary
 from foedus_server.commands import Operator
 from foedus_server.config import Patience
 from foedus_server.registry import Registry
@@ -141,7 +142,8 @@ class _Federation:
         sites = {name: self._site(name, rows[name], agreed, model, grid, classifier) for name in self._members}
         for name, site in sites.items():
             grid.connect(name, client_app(SiteRounds(site)), site.objects)
-        coordinator = Coordinator(operator.store, operator.objects, self._clock, Patience(), self._roster)
+        ours = notary(operator.home, operator.store)
+        coordinator = Coordinator(operator.store, operator.objects, self._clock, Patience(), self._roster, ours)
         server_app(coordinator)(grid=grid, context=context_of(run.run_id))
         spec = operator.spec(run)
         return Outcome(

@@ -31,6 +31,7 @@ from foedus_common.protocol.effects import Answered, AttemptSeen, VectorMasked
 from foedus_common.protocol.messages import AttemptId
 from foedus_common.randomness import RandomBytes
 from foedus_server.app import server_app
+from foedus_server.audit import notary
 from foedus_server.config import Patience
 from foedus_server.link import LinkStopping
 from foedus_server.runs import Coordinator
@@ -164,7 +165,8 @@ class Consortium:
         signed = self.operator.registry.roster()
         assert signed is not None
         roster = signed.verify(public_bytes(self.operator.home.root_key()), now=self.clock.now(), highest_epoch=0)
-        coordinator = Coordinator(self.operator.store, self.objects, self.clock, PATIENCE, lambda: (signed, roster))
+        store, ours = self.operator.store, notary(self.operator.home, self.operator.store)
+        coordinator = Coordinator(store, self.objects, self.clock, PATIENCE, lambda: (signed, roster), ours)
         with suppress(LocalError):  # the sentence is the run's reason
             server_app(coordinator)(grid=self.grid, context=context_of(self.agreed.run_id))
         return str(self.run.state)
@@ -519,7 +521,8 @@ def test_a_stopped_run_leaves_no_attempt_open_and_no_budget_reserved(consortium:
     three.submit(plan_of(rounds=3))
 
     def stop(site: str, message: Message) -> None:
-        if three.run.rounds_done == 1 and three.run.state == "running":
+        invited = message.metadata.message_type == "train.invite"
+        if invited and three.run.rounds_done == 1 and three.run.state == "running":
             three.operator.store.runs.move(7, ["running"], "stopping", "stopped by the operator")
 
     three.grid.fault = stop

@@ -68,7 +68,7 @@ def test_a_database_is_made_once_and_opened_only_when_it_is_there(store: Store, 
 def test_a_database_of_another_version_is_refused(store: Store, url: str, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "foedus.db") as connection:
         connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
-    with pytest.raises(LocalError, match="version 99; this Foedus reads version 1"):
+    with pytest.raises(LocalError, match="version 99, and this Foedus knows 1 to 2"):
         Store.open(url, ManualClock())
 
 

@@ -1,12 +1,16 @@
-"""The site's journal as it lies in the file: every fact that the other parts of the store keep is entered here with it,
-in the same transaction. What an entry tells is canonical JSON without secrets and without numbers about the data.
+"""The site's journal as it lies in the file, and the signed heads of it and of the coordinator's.
+
+Every fact that the other parts of the store keep is entered here with it, in the same transaction. What an entry tells
+is canonical JSON without secrets and without numbers about the data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from foedus_client.store.database import Database
+from foedus_common.checkpoints import Countersignature, Head
 from foedus_common.journal import START, Checkpoint, Entry, next_entry
 
 
@@ -28,6 +32,32 @@ class Journal(Database):
     def journal_end(self) -> Checkpoint:
         row = self._first("SELECT number, head FROM journal ORDER BY number DESC LIMIT 1")
         return Checkpoint(row["number"], row["head"]) if row else START
+
+    def journal_head(self, number: int) -> bytes | None:
+        row = self._first("SELECT head FROM journal WHERE number = ?", number)
+        return row["head"] if row else None
+
+    # --- Signed heads (`foedus_common.checkpoints.HeadBook`) ---
+
+    def heads(self, owner: str | None = None) -> list[Head]:
+        """By number; of every journal unless `owner` is given."""
+        rows = self._all("SELECT * FROM heads WHERE ?1 IS NULL OR owner = ?1 ORDER BY number, rowid", owner)
+        return [Head(**dict(row)) for row in rows]
+
+    def countersignatures(self) -> list[Countersignature]:
+        rows = self._all("SELECT * FROM countersignatures ORDER BY number, rowid")
+        return [Countersignature(**dict(row)) for row in rows]
+
+    def keep(self, kept: Sequence[Head], marks: Sequence[Countersignature] = ()) -> None:
+        with self.transaction("heads of journals"):
+            self._db.executemany(
+                "INSERT OR IGNORE INTO heads VALUES (:owner, :number, :head, :signature, :public_key)",
+                [vars(head) for head in kept],
+            )
+            self._db.executemany(
+                "INSERT OR IGNORE INTO countersignatures VALUES (:number, :head, :witness, :signature, :public_key)",
+                [vars(mark) for mark in marks],
+            )
 
     # --- A pause ---
 

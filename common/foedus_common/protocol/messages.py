@@ -31,6 +31,7 @@ class Stage(StrEnum):
     CONSISTENCY = "A4"
     UNMASK = "A5"
     END = "E"
+    JOURNAL = "J"
 
 
 class AttemptId(NamedTuple):
@@ -73,6 +74,36 @@ class RunEnded:
     """No round of this plan will follow."""
 
     end: End
+
+
+# --- Beside the rounds: what each side shows of its journal ---
+
+
+@dataclass(frozen=True)
+class JournalHead:
+    """The head (32 bytes) of the sender's journal after entry `number`, signed by the sender."""
+
+    number: int
+    head: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class SeenHead:
+    """A head of the receiver's journal that it signed itself, and the sender after it."""
+
+    number: int
+    head: bytes
+    signature: bytes
+    countersignature: bytes
+
+
+@dataclass(frozen=True)
+class JournalHeads:
+    """From either side (`foedus_common.checkpoints`): its own head, and what it has seen of the receiver's journal."""
+
+    own: JournalHead
+    seen: tuple[SeenHead, ...]
 
 
 # --- I and T: before there are keys ---
@@ -275,8 +306,8 @@ class Unmask:
     shares: tuple[UnmaskShare, ...]
 
 
-ToSite = Propose | RunEnded | Invite | RoundConfig | PeerKeys | PeerShares | Survivors | Agreement
-FromSite = Ready | Declined | Advertise | ShareKeys | MaskedInput | Consistency | Unmask
+ToSite = Propose | RunEnded | JournalHeads | Invite | RoundConfig | PeerKeys | PeerShares | Survivors | Agreement
+FromSite = Ready | Declined | JournalHeads | Advertise | ShareKeys | MaskedInput | Consistency | Unmask
 Message = ToSite | FromSite
 
 

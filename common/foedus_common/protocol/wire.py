@@ -44,6 +44,7 @@ COORDINATOR = "@coordinator"
 MAX_ENVELOPE_BYTES = 1 << 20
 MAX_PLAN_BYTES = 256 * 1024
 MAX_SEGMENTS = 8192
+MAX_SEEN = 2
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 
 T = TypeVar("T")
@@ -176,6 +177,8 @@ _LABEL = _text(r"[ -~]{0,100}")
 _SHARE: Codec[m.UnmaskShare] = Codec(_write_share, _read_share)
 _END: Codec[m.End] = Codec(lambda end: end.encode(), lambda data: m.End(_text("|".join(m.End)).read(data)))
 _VECTOR = _record(m.VectorRef, digest=_DIGEST, size=_INTEGER)
+_HEAD = _record(m.JournalHead, number=_INTEGER, head=_DIGEST, signature=_SIGNATURE)
+_SEEN = _record(m.SeenHead, number=_INTEGER, head=_DIGEST, signature=_SIGNATURE, countersignature=_SIGNATURE)
 _NOISE = _record(m.Noise, unit=_LABEL, clip=_REAL, multiplier=_REAL)
 _LAYOUT = _record(
     FieldLayout, bits=_INTEGER, max_sites=_INTEGER, segments=_listed(_pair(_INTEGER, _REAL), MAX_SEGMENTS)
@@ -231,6 +234,7 @@ _KINDS = (
         roster=_VECTOR,
     ),
     _kind(m.RunEnded, "run-ended", m.Stage.END, end=_END),
+    _kind(m.JournalHeads, "journal-heads", m.Stage.JOURNAL, own=_HEAD, seen=_listed(_SEEN, MAX_SEEN)),
     _kind(
         m.Invite,
         "invite",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from foedus_common.clock import Clock
 from foedus_server.store.database import Database
+from foedus_server.store.journal import Journal
 from foedus_server.store.members import Members
 from foedus_server.store.rows import (
     Attempt,
@@ -38,12 +39,13 @@ __all__ = [
 
 
 class Store:
-    """The database at a SQLAlchemy URL: `members`, `runs`, and the journal in `database`."""
+    """The database at a SQLAlchemy URL: `members`, `runs`, and the `journal` of what was done to them."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
         self.members = Members(database)
         self.runs = Runs(database)
+        self.journal = Journal(database)
 
     @classmethod
     def open(cls, url: str, clock: Clock) -> Store:

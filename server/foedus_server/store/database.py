@@ -21,6 +21,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
 from foedus_common.journal import START, Checkpoint, Entry, next_entry
+from foedus_server.store.migrations import migrate
 from foedus_server.store.schema import VERSION, journal, meta, schema
 
 BUSY_SECONDS = 10
@@ -42,11 +43,13 @@ class Database:
         self._engine = _engine(url)
         try:
             with self.reading() as connection:
-                version = connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one_or_none()
+                version = _version(connection)
         except DBAPIError as error:
             raise LocalError(f"{path or 'What was found'} is no database of Foedus: {error.orig}.") from None
-        if version != VERSION:
-            raise LocalError(f"The database has tables of version {version}; this Foedus reads version {VERSION}.")
+        if version != str(VERSION):
+            with self.writing("be brought up to date") as connection:
+                if migrate(connection, _version(connection)):  # again: another process may have done it meanwhile
+                    self.log(connection, "database.migrated", before=version, to=VERSION)
 
     @classmethod
     def create(cls, url: str, clock: Clock) -> Database:
@@ -59,7 +62,7 @@ class Database:
         engine = _engine(url)
         with engine.begin() as connection:
             schema.create_all(connection)
-            connection.execute(insert(meta).values(key="schema", value=VERSION))
+            connection.execute(insert(meta).values(key="schema", value=str(VERSION)))
         engine.dispose()
         return cls(url, clock)
 
@@ -118,6 +121,10 @@ class Database:
         query = select(journal).where(journal.c.number > after).order_by(journal.c.number).limit(limit)
         with self.reading() as connection:
             return [Entry(**row._mapping) for row in connection.execute(query)]
+
+
+def _version(connection: Connection) -> str | None:
+    return connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one_or_none()
 
 
 def _sqlite_path(url: str) -> Path | None:

@@ -21,8 +21,8 @@ from sqlalchemy import (
 
 from foedus_common.objects import ObjectRef
 
-VERSION = "1"
-"""Of these tables; kept in `meta`, so that a program of another version says so instead of failing later."""
+VERSION = 2
+"""Of these tables; kept in `meta`. `migrations` turns older ones into these."""
 
 
 class Reference(TypeDecorator[ObjectRef]):
@@ -167,4 +167,24 @@ journal = Table(
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     _required("body", LargeBinary),
     _required("head", LargeBinary),
+)
+
+heads = Table(
+    "heads",
+    schema,
+    _required("owner", Text, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    _required("head", LargeBinary, primary_key=True),
+    _required("signature", LargeBinary),
+    _required("public_key", LargeBinary),
+)
+
+countersignatures = Table(
+    "countersignatures",
+    schema,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    _required("head", LargeBinary, primary_key=True),
+    _required("witness", Text, primary_key=True),
+    _required("signature", LargeBinary),
+    _required("public_key", LargeBinary),
 )

@@ -1,0 +1,70 @@
+"""What `audit` prints, in both programs alike. What is verified, and against what, is for the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foedus_common.checkpoints import Head, Verified, sheet
+from foedus_common.clock import iso
+from foedus_common.journal import Checkpoint, Entry
+from foedus_common.private_files import create_private
+from foedus_common.terminal import console, print_facts, print_json, print_table
+
+Against = Annotated[
+    Path | None, typer.Option("--against", help="Compare also with what `audit export` wrote on the other side.")
+]
+Last = Annotated[int, typer.Option("--last", help="How many of the newest entries.")]
+Sheet = Annotated[Path, typer.Argument(help="Where the list goes. It holds signed heads and no entries.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+def show_verified(journal: Verified, more: Mapping[str, Any], as_json: bool) -> None:
+    """A journal that was found whole; `more` are facts of this side only."""
+    witnessed = journal.witnessed
+    facts = {
+        "entries": journal.end.number,
+        "head": journal.end.head.hex(),
+        "signed here up to": journal.signed,
+        "countersigned up to": max(witnessed.values(), default=0),
+        "countersigned by": witnessed if as_json else ", ".join(f"{name} ({witnessed[name]})" for name in witnessed),
+        "heads that were lost": len(journal.losses),
+        **more,
+    }
+    if as_json:
+        return print_json(facts)
+    print_facts({**facts, "result": "every entry is where and what it was"})
+
+
+def show_entries(entries: Sequence[Entry], as_json: bool) -> None:
+    if as_json:
+        return print_json([{"number": entry.number, **entry.event} for entry in entries])
+    rows = [_row(entry.number, entry.event) for entry in entries]
+    print_table(["entry", "at", "event", "what"], rows, "The journal is empty.")
+
+
+def _row(number: int, event: Mapping[str, Any]) -> tuple[Any, ...]:
+    what = (f"{name}={value}" for name, value in event.items() if name not in ("at", "event"))
+    return number, iso(event["at"]), event["event"], ", ".join(what)
+
+
+def write_sheet(file: Path, party: str, heads: Sequence[Head], there: str, as_json: bool) -> None:
+    """Raises LocalError where the file exists. there: the other side's program."""
+    create_private(file, sheet(party, heads))
+    if as_json:
+        return print_json({"file": str(file.absolute()), "heads": len(heads)})
+    console.print(f"{file} holds {len(heads)} signed heads. There: {there} audit verify --against {file.name}")
+
+
+def confirm_loss(yes: bool) -> None:
+    if not yes:
+        typer.confirm("Are entries missing because a backup was restored, and for no other reason?", abort=True)
+
+
+def show_losses(lost: Sequence[Checkpoint], as_json: bool) -> None:
+    if as_json:
+        return print_json({"lost": [mark.number for mark in lost]})
+    console.print(f"{len(lost)} heads are entered as lost. The journal goes on from here.")
