@@ -25,6 +25,7 @@ from foedus_common.checkpoints import Head, Notary, Verified
 from foedus_common.clock import iso
 from foedus_common.identity import Roster, public_bytes
 from foedus_common.journal import BrokenChain, Checkpoint, Entry
+from foedus_common.journal import verify as verify_chain
 from foedus_common.protocol.wire import COORDINATOR
 
 _LEDGER = "ledger."
@@ -93,6 +94,8 @@ def verify(store: SiteStore, ledger: Ledger, name: str, public_key: bytes, sheet
     BrokenChain, which names the first bad entry, and LocalError when the whole is an older copy.
     """
     entries = store.journal_entries()
+    verify_chain(entries)  # before anything is read in it
+    ledger_end = ledger.verify(public_key)
     coordinator_keys = {bytes.fromhex(e.event["coordinator"]) for e in entries if e.event["event"] == "roster.accepted"}
     verified = checkpoints.verify(
         name,
@@ -102,11 +105,10 @@ def verify(store: SiteStore, ledger: Ledger, name: str, public_key: bytes, sheet
         ledger.keys(public_key),
         {COORDINATOR: coordinator_keys},
     )
-    ledger_end = ledger.verify(public_key)
     _compare(entries, [entry for entry, _ in store.ledger_entries()])
-    kept = store.heads(COORDINATOR)
+    kept = [head for head in store.heads() if head.owner != name]
     for head in kept:
-        checkpoints.require_good(head, coordinator_keys)
+        checkpoints.require_good(head, coordinator_keys if head.owner == COORDINATOR else ())
     return Audited(verified, ledger_end, len(kept))
 
 

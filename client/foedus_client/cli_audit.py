@@ -25,8 +25,10 @@ def audit_verify(context: typer.Context, against: audit_page.Against = None, as_
     """Check journal and ledger entry by entry, and against every head that was signed; names the first bad entry."""
     store, ledger, public_key = site_to_read(config.SiteHome.open(context.obj))
     name = json.loads(store.meta("site.joined") or "{}").get("site", "")
-    sheet = [] if against is None else heads_in(read_sheet(against), name, ledger.keys(public_key))
-    found = verify(store, ledger, name, public_key, sheet)
+    found = verify(store, ledger, name, public_key)
+    if against is not None:
+        shown = heads_in(read_sheet(against), name, ledger.keys(public_key))
+        found = verify(store, ledger, name, public_key, shown)
     more = {"entries of the ledger": found.ledger.number, "heads kept of the coordinator": found.coordinator}
     audit_page.show_verified(found.journal, more, as_json)
 

@@ -262,13 +262,13 @@ class Ledger:
         """
         entries = self._store.ledger_entries()
         self._store.check_high_water()
+        end = verify_chain((entry for entry, _ in entries), checkpoints, "ledger")
         for key, (entry, signature) in zip(_keys(entries, public_key), entries, strict=True):
             try:
                 verify_signature(key, signature, _statement(entry), "the entry")
             except RemoteError:
-                verify_chain((entry for entry, _ in entries), checkpoints, "ledger")
                 raise BrokenChain(entry.number, "it is not signed by this site", "ledger") from None
-        return verify_chain((entry for entry, _ in entries), checkpoints, "ledger")
+        return end
 
     def keys(self, public_key: bytes) -> set[bytes]:
         """All that this site ever signed with; public_key: the newest, 32 bytes."""

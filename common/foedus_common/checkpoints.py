@@ -189,7 +189,7 @@ def verify(
     own_keys: Collection[bytes],
     witness_keys: Mapping[str, Collection[bytes]],
 ) -> Verified:
-    """Recompute a journal's chain, against every head that its owner signed and that others countersigned.
+    """Compare a journal, whose chain is good by itself, with every head that its owner signed and others countersigned.
 
     heads: those of this journal. own_keys: with which the owner signs, or signed. witness_keys: those of each witness.
     Raises BrokenChain, which names the first entry that is altered, missing or out of place, or the head whose

@@ -8,6 +8,7 @@ from foedus_common import checkpoints
 from foedus_common.checkpoints import Head, Notary, Verified
 from foedus_common.identity import public_bytes
 from foedus_common.journal import Entry
+from foedus_common.journal import verify as verify_chain
 from foedus_common.protocol.wire import COORDINATOR
 from foedus_server.config import Home
 from foedus_server.store import Store
@@ -25,6 +26,7 @@ def verify(home: Home, store: Store, sheet: Sequence[Head] = ()) -> Verified:
     sheet: heads of this journal that a site has shown. Raises BrokenChain, which names the first bad entry.
     """
     entries = store.journal.entries()
+    verify_chain(entries)  # before anything is read in it
     keys = _keys_of_sites(entries)
     verified = checkpoints.verify(
         COORDINATOR,

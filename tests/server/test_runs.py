@@ -17,6 +17,7 @@ from flwr.app import Context, Message
 
 from foedus_client.app import client_app
 from foedus_client.approval import Approval
+from foedus_client.audit import verify as verify_site
 from foedus_client.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.round import Site, SiteRounds
@@ -29,9 +30,11 @@ from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan
 from foedus_common.protocol.effects import Answered, AttemptSeen, VectorMasked
 from foedus_common.protocol.messages import AttemptId
+from foedus_common.protocol.wire import COORDINATOR
 from foedus_common.randomness import RandomBytes
 from foedus_server.app import server_app
 from foedus_server.audit import notary
+from foedus_server.audit import verify as verify_coordinator
 from foedus_server.config import Patience
 from foedus_server.link import LinkStopping
 from foedus_server.runs import Coordinator
@@ -240,6 +243,22 @@ def test_a_run_ends_with_every_round_committed_and_every_budget_settled(consorti
         assert not site["ledger"].run(7).open
         assert site["store"].plan_of_run(7).state == "finished"
     assert four.operator.events()[-2:] == ["round.committed", "run.finished"]
+
+
+def test_after_a_run_each_side_has_the_other_s_signature_over_its_journal(consortium: Make) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2))
+    assert three.conduct() == "finished"
+    operator, journal = three.operator, three.operator.store.journal
+    verified = verify_coordinator(operator.home, operator.store)
+    assert verified.witnessed == dict.fromkeys(sorted(NAMES[:3]), journal.journal_end().number)
+    for name, site in three.sites.items():
+        member = site["member"]
+        told = verify_site(site["store"], site["ledger"], name, member.public_key)
+        assert told.journal.witnessed == {COORDINATOR: site["store"].journal_end().number}
+        assert told.coordinator == len(journal.heads(COORDINATOR)) == 3  # after each round, and at the end
+        events = [entry.event["event"] for entry in site["store"].journal_entries()]
+        assert [events.count(event) for event in ("vector.masked", "survivors.signed", "unmasking.answered")] == [2] * 3
 
 
 def test_momentum_and_averaging_are_those_of_a_run_that_was_never_interrupted(consortium: Make) -> None:
