@@ -6,8 +6,11 @@ A failure means that the ledger would understate what was released, or that a pl
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +39,25 @@ from foedus_common.privacy.noise import accounted_multiplier
 from plans import agreed_plan, run_plan
 
 DELTA = 1e-5
+
+
+REFERENCE = json.loads((Path(__file__).parents[2] / "vectors" / "epsilon.json").read_text())
+
+
+@pytest.mark.parametrize("case", REFERENCE, ids=lambda case: f"{case['events']} at {case['delta']:g}")
+def test_an_independent_accountant_finds_the_same_and_never_more(case: dict[str, Any]) -> None:
+    """tests/vectors/generate_epsilon.py says whose it is, and how its bounds are meant: the truth is between them."""
+    answer = epsilon([GaussianSteps(z, rate, steps) for rate, z, steps in case["events"]], case["delta"])
+    assert case["low"] <= answer <= 1.01 * case["estimate"]
+    assert answer >= case["estimate"] * (1 - 1e-4)
+    assert (case["high"] - case["low"]) / case["estimate"] < 0.005
+
+
+def test_there_are_thirty_cases_of_all_kinds() -> None:
+    rates = [rate for case in REFERENCE for rate, _, _ in case["events"]]
+    assert len(REFERENCE) >= 30
+    assert min(rates) <= 0.001 < 0.5 < max(rates) == 1
+    assert sum(len(case["events"]) > 1 for case in REFERENCE) >= 2
 
 
 def analytic_delta(noise_multiplier: float, at: float) -> float:
