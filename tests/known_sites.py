@@ -94,8 +94,11 @@ class KnownTrainer:
     def train(self, adapter: Path, adapter_sha256: str, round_plan: RoundPlan) -> NDArray[np.float64]:
         size = self._agreed.size(round_plan.phase)
         steps = np.frombuffer(self._random(2 * size), np.int16).astype(np.int64) // 32
-        np.save(_known(self.home, self._agreed.run_id, round_plan.index), steps)
+        self.keep(round_plan.index, steps)
         return steps * step_sizes(self._agreed, round_plan)
+
+    def keep(self, index: int, steps: NDArray[np.int64]) -> None:
+        np.save(_known(self.home, self._agreed.run_id, index), steps)
 
     def stop(self) -> None:
         """Nothing runs."""

@@ -44,10 +44,11 @@ class Cluster:
     _parties: list[Party] = field(default_factory=list)
 
     @classmethod
-    def make(cls, folder: Path, policies: Mapping[str, SitePolicy]) -> Cluster:
-        """policies: by the sites' names."""
+    def make(cls, folder: Path, policies: Mapping[str, SitePolicy], database: str = "") -> Cluster:
+        """policies: by the sites' names. database: the coordinator's, as in foedus.toml."""
         port, enrolment = free_ports(2)
-        settings = Settings("Test", link=Link(port=port, enrolment_port=enrolment), patience=PATIENCE)
+        link = Link(port=port, enrolment_port=enrolment)
+        settings = Settings("Test", database=database, link=link, patience=PATIENCE)
         operator = Operator(folder / "operator", CLOCK, settings)
         for number, (name, policy) in enumerate(policies.items()):
             SiteHome.create(folder / name, SiteSettings(threads=1, policy=policy))
