@@ -23,6 +23,7 @@ from foedus_common import terminal
 from foedus_common.backup import restore_backup, write_backup
 from foedus_common.checks import show
 from foedus_common.clock import iso
+from foedus_common.core_dumps import forbid_core_dumps
 from foedus_common.enrolment import decode_token
 from foedus_common.errors import LocalError
 from foedus_common.identity import fingerprint
@@ -110,6 +111,7 @@ def run(context: typer.Context) -> None:
     """Run the site's daemon until Ctrl-C; one for each home."""
     from foedus_client.daemon import log_to_stderr, serve
 
+    forbid_core_dumps()
     home = config.SiteHome.open(context.obj)
     log_to_stderr()
     stopping = threading.Event()

@@ -23,6 +23,7 @@ import torch
 from foedus_client.data import read_rows
 from foedus_client.trainer_process import TrainerSettings, read_message, write_message
 from foedus_common.adapters import adapter_bytes, load_adapter
+from foedus_common.core_dumps import forbid_core_dumps
 from foedus_common.errors import LocalError
 from foedus_common.model_folder import verify
 from foedus_common.plan import AgreedPlan, parse_agreed_plan, schedule
@@ -131,6 +132,7 @@ def log_without_values(error: Exception) -> None:
 
 
 def main() -> None:
+    forbid_core_dumps()
     answers = Answers()
     requests: queue.Queue[Message] = queue.Queue()
     threading.Thread(target=read_requests, args=(sys.stdin.buffer, requests), daemon=True).start()

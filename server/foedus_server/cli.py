@@ -19,6 +19,7 @@ from foedus_common import terminal
 from foedus_common.backup import restore_backup, write_backup
 from foedus_common.checks import show
 from foedus_common.clock import SystemClock, iso
+from foedus_common.core_dumps import forbid_core_dumps
 from foedus_common.errors import LocalError
 from foedus_common.identity import (
     MAX_ROSTER_BYTES,
@@ -135,6 +136,7 @@ def up(context: typer.Context, as_json: Json = False) -> None:
     """Run the coordinator until Ctrl-C, which lets messages under way finish."""
     from foedus_server.service import Service, log_to  # gRPC and Flower take a second to import
 
+    forbid_core_dumps()
     home = config.Home.open(context.obj)
     log_to(home.path / "coordinator.log" if as_json else None)
     service = Service(home, CLOCK, system_random)

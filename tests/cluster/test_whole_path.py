@@ -8,6 +8,7 @@ was on its disk before it opened its data is read from the kernel's own account.
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -222,6 +223,11 @@ def test_each_site_spent_what_the_plan_said_and_nothing_stays_reserved(finished:
 def test_the_coordinators_journal_is_whole(finished: Federation) -> None:
     facts = finished.operator.ask("audit", "verify")
     assert facts["entries"] > 10
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_the_daemon_leaves_no_core_dump(finished: Federation, name: str) -> None:
+    assert resource.prlimit(finished.daemons[name].pid, resource.RLIMIT_CORE) == (0, 0)
 
 
 def test_every_rounds_adapter_is_evaluated_and_the_last_one_exported(finished: Federation) -> None:
