@@ -22,6 +22,11 @@ class Errors:
     misses: int
     present: int
 
+    @property
+    def advantage(self) -> float:
+        """True minus false positive rate, as counted."""
+        return 1 - self.misses / self.present - self.false_alarms / self.without
+
     def upper(self, confidence: float) -> tuple[float, float]:
         """Upper ends of both rates, which hold together with this confidence."""
         each = (1 + confidence) / 2
@@ -31,11 +36,6 @@ class Errors:
 def at_most(successes: int, trials: int, confidence: float) -> float:
     """The largest rate that explains so few successes (Clopper, Pearson 1934), one-sided."""
     return 1.0 if successes == trials else float(stats.beta.ppf(confidence, successes + 1, trials - successes))
-
-
-def at_least(successes: int, trials: int, confidence: float) -> float:
-    """The smallest rate that explains so many successes, one-sided."""
-    return 1 - at_most(trials - successes, trials, confidence)
 
 
 def mu_at_least(errors: Errors, confidence: float) -> float:

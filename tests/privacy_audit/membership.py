@@ -114,7 +114,7 @@ def noiseless_sums(pair: Neighbours) -> tuple[Reals, Reals]:
 def sensitivity(pairs: Sequence[Neighbours]) -> Verdict:
     """How far any of the records moves the sum, in clips; the accountant allows one, the grid and the arithmetic."""
     clip, size = pairs[0].agreed.plan.privacy.clip, pairs[0].agreed.size(0)
-    furthest = max(float(np.linalg.norm(np.subtract(*noiseless_sums(pair)))) / clip for pair in pairs)
+    furthest = max(float(np.linalg.norm(np.subtract(*noiseless_sums(pair)))) for pair in pairs) / clip
     allowed = (1 + np.sqrt(size) / GRID) * (1 + ARITHMETIC_SLACK)
     return Verdict(
         "one record moves the sum by the clip", f"{furthest:.6f} clips", f"<= {allowed:.4f}", furthest <= allowed

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from foedus_common.plan import AgreedPlan
-from foedus_common.tasks.rows import EncodedRows
+from foedus_common.plan import AgreedPlan, RoundPlan
 from foedus_common.terms import field_layout
 from privacy_audit.reference import GRID, Reals, ReferenceSum, step_factors, tensor_slices
 from privacy_audit.specimens import Release, Specimen
@@ -41,12 +40,8 @@ class Residuals:
     steps_due: int
 
 
-def findings(specimen: Specimen, released: Sequence[Release]) -> list[Finding]:
-    """Every test of the releases of one run."""
-    phases = [
-        residuals(specimen, [release for release in released if release.round_plan.phase == phase])
-        for phase in range(len(specimen.agreed.plan.phase))
-    ]
+def findings(phases: Sequence[Residuals]) -> list[Finding]:
+    """Every test of what one run released."""
     tensors = [(phase, place) for phase in phases for place in phase.tensors.values()]
     return [
         _all_steps(phases),
@@ -64,51 +59,52 @@ def findings(specimen: Specimen, released: Sequence[Release]) -> list[Finding]:
     ]
 
 
-def residuals(specimen: Specimen, released: Sequence[Release]) -> Residuals:
-    """Takes the gradients out of one phase's releases, step by step."""
-    agreed, classifier, rows = specimen.agreed, specimen.classifier, specimen.trainer.rows
-    settings = released[0].round_plan.settings
+def residuals(specimen: Specimen, released: Sequence[Release]) -> list[Residuals]:
+    """Takes the gradients out of a run's releases, step by step; one of each phase."""
+    phases = range(len(specimen.agreed.plan.phase))
+    return [_of_phase(specimen, [each for each in released if each.round_plan.phase == phase]) for phase in phases]
+
+
+def _of_phase(specimen: Specimen, released: Sequence[Release]) -> Residuals:
+    agreed, rows, settings = specimen.agreed, specimen.trainer.rows, released[0].round_plan.settings
+    clip, size = agreed.plan.privacy.clip, agreed.size(released[0].round_plan.phase)
     noise, signal, off_grid, sizes = [], [], [], []
     for release in released:
+        factors = step_factors(agreed, release.round_plan)
+        gradients = ReferenceSum(specimen.classifier, release.adapter, rows, clip, release.round_plan)
+        begins = [step.vector for step in release.steps]
+        sent, exact = ([*begins[1:], release.start + update] for update in (release.update, release.exact))
         for number, step in enumerate(release.steps):
-            after = [later.vector for later in release.steps[number + 1 :]][:1]
-            sent = after[0] if after else release.start + release.update
-            exact = after[0] if after else release.start + release.exact
-            factors = step_factors(agreed, release.round_plan)
-            expected = _reference(specimen, release, rows)(step.vector, step.rows)
-            noise.append(((step.vector - sent) / factors - expected) / _deviations(agreed, release, last=not after))
-            units = (step.vector - exact) / factors * (GRID / agreed.plan.privacy.clip)
-            signal.append(expected)
+            signal.append(gradients(step.vector, step.rows))
+            left = (step.vector - sent[number]) / factors - signal[-1]
+            encodings = 1 if number == len(begins) - 1 else 0
+            noise.append(left / deviations(agreed, release.round_plan, 1, encodings))
+            units = (step.vector - exact[number]) / factors * (GRID / clip)
             off_grid.append(np.abs(units - np.rint(units)))
             sizes.append(len(step.rows))
-    empty = np.zeros((0, agreed.size(released[0].round_plan.phase)))
+    shape = (len(sizes), size)
     return Residuals(
-        noise=np.array(noise) if noise else empty,
-        signal=np.array(signal) if signal else empty,
-        off_grid=np.array(off_grid) if off_grid else empty,
+        noise=np.reshape(noise, shape),
+        signal=np.reshape(signal, shape),
+        off_grid=np.reshape(off_grid, shape),
         sizes=sizes,
-        tensors=tensor_slices(classifier, settings.train),
+        tensors=tensor_slices(specimen.classifier, settings.train),
         rate=settings.sampling_rate or 0.0,
         rows=len(rows),
         steps_due=(settings.steps or 0) * len(released),
     )
 
 
-def _reference(specimen: Specimen, release: Release, rows: EncodedRows) -> ReferenceSum:
-    clip = specimen.agreed.plan.privacy.clip
-    return ReferenceSum(specimen.classifier, release.adapter, rows, clip, release.round_plan)
+def deviations(agreed: AgreedPlan, round_plan: RoundPlan, sums: int, encodings: int) -> Reals:
+    """The stated standard deviation of `sums` noised sums together, (d,), of which `encodings` were encoded after.
 
-
-def _deviations(agreed: AgreedPlan, release: Release, last: bool) -> Reals:
-    """The stated standard deviation of a noised sum, (d,), and in a round's last step that of the encoding's rounding
-    with it: a uniform fraction f of its step, rounded at random, has the variance E[f (1 - f)] = 1/6."""
-    round_plan = release.round_plan
-    stated = agreed.noise_multipliers[round_plan.phase] * agreed.plan.privacy.clip
-    if not last:
-        return np.full(agreed.size(round_plan.phase), stated)
+    The encoding rounds at random: a fraction f of its step, itself uniform, has the variance E[f (1 - f)] = 1/6.
+    """
+    noise = agreed.noise_multipliers[round_plan.phase] * agreed.plan.privacy.clip
     layout = field_layout(agreed, round_plan)
     steps = np.concatenate([np.full(length, scale / layout.half_range) for length, scale in layout.segments])
-    return np.sqrt(stated**2 + (steps / step_factors(agreed, round_plan)) ** 2 / 6)
+    rounding = steps / step_factors(agreed, round_plan)
+    return np.sqrt(sums * noise**2 + encodings * rounding**2 / 6)
 
 
 # --- Tests ---

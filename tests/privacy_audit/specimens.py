@@ -68,14 +68,14 @@ class Release:
 
 
 def tiny_plan_of_noise(folder: Path) -> AgreedPlan:
-    """128 steps on eight rows, nearly half of them on an empty batch; every group has a rate and a scale of its own.
+    """168 steps on eight rows, nearly half of them on an empty batch; every group has a rate and a scale of its own.
 
     The noise is a tenth of the clip: the smaller it is, the better a wrong gradient shows in what is left over.
     """
     agreed = tiny_agreed(
         folder,
         privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip": CLIP, "divisor": DIVISOR},
-        phase__0__rounds=20,
+        phase__0__rounds=30,
         phase__0__steps=4,
         phase__0__sampling_rate=0.1,
         phase__1__rounds=16,

@@ -1,0 +1,206 @@
+"""What `make privacy-audit` examines, section by section; each gives the lines of its part of the table.
+
+Where a section needs a model it is either the tests' tiny one, which is quick enough for hundreds of runs, or the
+demonstration's own (all-MiniLM-L6-v2 with LoRA of rank 4, on descriptions of ICD-10-CM codes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from scipy import stats
+
+from foedus_common.model_folder import manifest_sha256
+from foedus_common.plan import RunPlan, read_plan
+from foedus_common.randomness import RandomBytes
+from foedus_common.tasks.local_trainer import LocalTrainer
+from foedus_common.tasks.text_classification import TextClassifier
+from foedus_simulations.alone import agree, pairs
+from foedus_simulations.corpora import Corpus, default_cache, icd10, minilm
+from plans import run_plan
+from privacy_audit import canary, federation, float_noise, inversion, membership
+from privacy_audit.faults import FAULTS
+from privacy_audit.residuals import findings, residuals
+from privacy_audit.specimens import Specimen, random_adapter, releases, tiny_plan_of_noise
+from privacy_audit.verdicts import ALARM_RATE, Finding, Verdict, alarms, verdicts
+from seeded import seeded
+from tiny_model import rows
+
+CLEAN_RUNS = 100
+CANDIDATES, FACTOR_CANDIDATES, TARGETS = 1000, 200, 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where the audit works: the tiny model's folder, a folder for what it writes, and the seed of all its chance."""
+
+    tiny_model: Path
+    scratch: Path
+    seed: int
+
+    def random(self, name: str) -> RandomBytes:
+        """A stream of its own for every name."""
+        return seeded(f"privacy audit {self.seed}, {name}")
+
+    def tiny_specimen(self) -> Specimen:
+        agreed = tiny_plan_of_noise(self.tiny_model)
+        classifier = TextClassifier.load(self.tiny_model, agreed.plan, dtype="float32")
+        return Specimen(LocalTrainer(classifier, agreed, rows(8)), agreed, random_adapter(classifier, self.seed))
+
+
+Section = Callable[[Bench], list[Verdict]]
+
+
+# --- The noise of releases ---
+
+
+def code(bench: Bench) -> list[Verdict]:
+    return float_noise.verdicts()
+
+
+def noise_of_the_real_model(bench: Bench) -> list[Verdict]:
+    """One run of the demonstration's model: every test a line of its own."""
+    model, corpus = minilm(default_cache()), _corpus()
+    plan = _plan(
+        model,
+        corpus,
+        phase=[
+            _phase("head", rounds=2, steps=2, sampling_rate=0.2),
+            _phase("adapter", rounds=4, steps=2, sampling_rate=0.1) | {"head_scale": 2.0},
+        ],
+        privacy__clip=0.5,
+        privacy__divisor=10,
+    )
+    classifier = TextClassifier.load(model, plan, dtype="float32")
+    agreed = dataclasses.replace(agree(plan, classifier), noise_multipliers=(0.1, 0.1))
+    trainer = LocalTrainer(classifier, agreed, pairs(corpus.train[:12]))
+    specimen = Specimen(trainer, agreed, random_adapter(classifier, bench.seed))
+    return verdicts(_findings(specimen, bench.random("the real model")))
+
+
+def noise_of_a_federation(bench: Bench) -> list[Verdict]:
+    """The same tests on the adapters that three sites release together, as one line."""
+    plan = bench.scratch / "plan.toml"
+    plan.write_text(federation.plan_of_federation(manifest_sha256(bench.tiny_model), rounds=10))
+    classifier = TextClassifier.load(bench.tiny_model, read_plan(plan), dtype="float32")
+    outcome = federation.run(plan, bench.tiny_model, classifier, bench.seed)
+    found = findings(federation.residuals(outcome, classifier))
+    smallest = min(found, key=lambda each: each.p)
+    said = f"{len(found)} tests, smallest p = {smallest.p:.2g} ({smallest.check})"
+    return [Verdict("three sites' noises add up in the released adapter", said, "no alarm", not alarms(found))]
+
+
+def clean_runs(bench: Bench) -> list[Verdict]:
+    """Alarms of correct noise, and whether the p-values are what p-values should be."""
+    specimen = bench.tiny_specimen()
+    runs = [_findings(specimen, bench.random(f"clean run {number}")) for number in range(CLEAN_RUNS)]
+    raised = sum(bool(alarms(found)) for found in runs)
+    smallest = min(found.p for run in runs for found in run)
+    ks = [found.p for run in runs for found in run if found.check.startswith("empty batches")]
+    uniform = float(stats.kstest(ks, "uniform").pvalue)
+    tests = CLEAN_RUNS * len(runs[0])
+    return [
+        Verdict(f"false alarms in {CLEAN_RUNS} clean runs", str(raised), f"0 (rate {ALARM_RATE:g} a run)", raised == 0),
+        Verdict(f"smallest of their {tests} p-values", f"{smallest:.1g}", "any", True),
+        Verdict("their p-values are uniform", f"p = {uniform:.2g}", f"p >= {ALARM_RATE:g}", uniform >= ALARM_RATE),
+    ]
+
+
+def seeded_faults(bench: Bench) -> list[Verdict]:
+    """Each fault with the tests that found it."""
+    return list(_faults(bench))
+
+
+def _faults(bench: Bench) -> Iterator[Verdict]:
+    specimen, pair = bench.tiny_specimen(), _neighbours(bench)
+    for name, fault in FAULTS.items():
+        with fault():
+            found = alarms(_findings(specimen, bench.random(name)))
+            told = membership.distinguish(pair, 500, bench.random(f"{name}, one record"))
+            moved = membership.sensitivity([pair])
+        found += ["sensitivity"] * (not moved.holds) + [f"mu >= {told.proved:.1f}"] * told.alarm
+        said = f"{len(found)}: {found[0]}" + ", ..." * (len(found) > 1) if found else "nothing"
+        yield Verdict(f"fault: {name}", f"found by {said}", "found", bool(found))
+
+
+def _findings(specimen: Specimen, random: RandomBytes) -> list[Finding]:
+    return findings(residuals(specimen, releases(specimen, random)))
+
+
+# --- Attacks ---
+
+
+def one_record(bench: Bench) -> list[Verdict]:
+    pair = _neighbours(bench)
+    every = [_neighbours(bench, record) for record in range(5, 12)]
+    told = membership.distinguish(pair, 4000, bench.random("membership"))
+    return [membership.sensitivity(every), *membership.verdicts(told)]
+
+
+def _neighbours(bench: Bench, record: int = 5) -> membership.Neighbours:
+    agreed = membership.tiny_plan_of_membership(bench.tiny_model)
+    classifier = TextClassifier.load(bench.tiny_model, agreed.plan, dtype="float32")
+    return membership.neighbours(classifier, agreed, random_adapter(classifier, bench.seed), record)
+
+
+def canary_in_the_adapter(bench: Bench) -> list[Verdict]:
+    return canary.verdicts(canary.study(target_epsilon=1.0), 1000, bench.random("canary"))
+
+
+def gradient_inversion(bench: Bench) -> list[Verdict]:
+    """At epsilon 1 for two releases, each one step on a single row: the least noise such a row would ever get."""
+    model, corpus = minilm(default_cache()), _corpus()
+    phase = partial(_phase, rounds=1, steps=1, sampling_rate=1.0)
+    plan = _plan(model, corpus, phase=[phase("head"), phase("adapter")], privacy__epsilon=1.0, privacy__divisor=1)
+    classifier = TextClassifier.load(model, plan, dtype="float32")
+    adapter, texts = random_adapter(classifier, bench.seed), pairs(corpus.train[:CANDIDATES])
+    whole = inversion.Setting(classifier, agree(plan, classifier), adapter, texts)
+    fewer = dataclasses.replace(whole, candidates=texts[:FACTOR_CANDIDATES])  # an encoder's pass for each
+    targets = range(TARGETS)
+    return [
+        *inversion.from_the_head(whole, targets, bench.random("inversion of heads")),
+        *inversion.from_the_factors(fewer, targets, bench.random("inversion of factors")),
+    ]
+
+
+# --- The demonstration's model ---
+
+
+def _corpus() -> Corpus:
+    return icd10(default_cache(), seed=0, train_rows=CANDIDATES, validation_rows=100, held_out_rows=100)
+
+
+def _phase(train: str, rounds: int, steps: int, sampling_rate: float) -> dict[str, object]:
+    return {
+        "train": train,
+        "rounds": rounds,
+        "steps": steps,
+        "sampling_rate": sampling_rate,
+        "learning_rate": 1.0,
+        "budget_share": 0.5,
+    }
+
+
+def _plan(model: Path, corpus: Corpus, **changes: object) -> RunPlan:
+    return run_plan(
+        model__sha256=manifest_sha256(model),
+        task__labels=list(corpus.labels),
+        task__max_length=64,
+        secure_aggregation__retries=0,
+        **changes,
+    )
+
+
+SECTIONS: dict[str, Section] = {
+    "The code of private training": code,
+    "Noise of released vectors: MiniLM, LoRA of rank 4, 26,132 numbers a release": noise_of_the_real_model,
+    "Noise of released adapters: three sites, secure aggregation": noise_of_a_federation,
+    "False alarms: 168 steps of a tiny model, 100 times": clean_runs,
+    "Seeded faults": seeded_faults,
+    "Membership of one record, known to the attacker with all other rows": one_record,
+    "Canary, Poisson sampling, 12 steps, epsilon 1": canary_in_the_adapter,
+    "Gradient inversion, one row, epsilon 1": gradient_inversion,
+}
