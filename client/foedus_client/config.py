@@ -40,8 +40,10 @@ class SiteSettings:
 
     coordinator, enrolment: "host:port" of its two ports; "" for those in the token. proxy: "http://host:port" through
     which both are reached; "" for what the environment's https_proxy and no_proxy say. authorities: a PEM file of those
-    that, besides the federation's own, may vouch for the coordinator. device: where the trainer computes; threads: 0
-    leaves them to torch; niceness: 0 to 19, added to the daemon's own.
+    that, besides the federation's own, may vouch for the coordinator. device: where the trainer computes. dtype, of its
+    products of matrices, base_weights, gradient_checkpointing and tokens_per_batch (0 leaves it to the device) say with
+    how much memory, as `foedus_common.tasks.text_classification` reads them. threads: 0 leaves them to torch; niceness:
+    0 to 19, added to the daemon's own.
     """
 
     coordinator: str = ""
@@ -50,6 +52,9 @@ class SiteSettings:
     authorities: str = ""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    base_weights: Literal["float32", "bfloat16", "4bit"] = "float32"
+    gradient_checkpointing: bool = False
+    tokens_per_batch: int = 0
     threads: int = 0
     niceness: int = 0
     policy: SitePolicy = field(default_factory=SitePolicy)
@@ -62,6 +67,10 @@ class SiteSettings:
         kind, _, number = self.device.partition(":")
         if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
             raise LocalError(f'The device {self.device!r} is none of "auto", "cpu" and "cuda:0".')
+        if self.base_weights == "bfloat16" and self.dtype == "float32":
+            raise LocalError('Weights that are held in bfloat16 are multiplied in it; set dtype to "auto".')
+        if self.tokens_per_batch < 0:
+            raise LocalError("The trainer's tokens_per_batch must be 0 (as the device allows) or more.")
         if self.threads < 0 or not 0 <= self.niceness <= 19:
             raise LocalError("The trainer's threads must be 0 or more, and its niceness 0 to 19.")
 
@@ -75,6 +84,9 @@ class SiteSettings:
             f"authorities = {json.dumps(self.authorities)}  # PEM file of others that may vouch for the coordinator\n"
             f"device = {json.dumps(self.device)}  # auto, cpu or cuda:0\n"
             f"dtype = {json.dumps(self.dtype)}  # auto, float32 or bfloat16\n"
+            f"base_weights = {json.dumps(self.base_weights)}  # float32, bfloat16 or 4bit: less memory each\n"
+            f"gradient_checkpointing = {json.dumps(self.gradient_checkpointing)}  # less memory, more time\n"
+            f"tokens_per_batch = {self.tokens_per_batch}  # 0: 2048 on a CPU, on a GPU as many as fit\n"
             f"threads = {self.threads}  # 0: as many as there are cores\n"
             f"niceness = {self.niceness}  # 0 to 19: how far training stands back for other programs\n"
             "\n"

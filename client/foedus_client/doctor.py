@@ -83,6 +83,8 @@ def _device(home: SiteHome) -> str:
     """Raises LocalError when what the settings ask for is not there."""
     if missing := [name for name in TRAINER if importlib.util.find_spec(name) is None]:
         raise LocalError(f"{', '.join(missing)} cannot be imported, so nothing trains; pip install 'foedus[client]'.")
+    if home.settings.base_weights == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise LocalError("base_weights = \"4bit\" in site.toml needs bitsandbytes; pip install 'foedus[gpu]'.")
     wanted = home.settings.device
     if wanted == "cpu":
         return "Training is on the CPU, as the settings say."

@@ -34,6 +34,11 @@ from foedus_common.tasks.text_classification import TextClassifier
 PROGRESS_EVERY = 0.02
 """Share of a long computation after which it is reported again."""
 
+OUT_OF_MEMORY = (
+    "Training ran out of memory; free some, or set gradient_checkpointing = true, a smaller tokens_per_batch or "
+    'base_weights = "4bit" in site.toml.'
+)
+
 Message = tuple[dict[str, Any], bytes]
 
 
@@ -73,7 +78,15 @@ class Trainer:
         self._local: LocalTrainer | None = None
         model = Path(settings.model_folder)
         verify(model, agreed.plan.model.sha256)
-        self._classifier = TextClassifier.load(model, agreed.plan, settings.device, settings.dtype)  # type: ignore[arg-type]
+        self._classifier = TextClassifier.load(
+            model,
+            agreed.plan,
+            settings.device,
+            settings.dtype,
+            base_weights=settings.base_weights,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            tokens_per_batch=settings.tokens_per_batch,
+        )
         check_spec(self._classifier, agreed)
 
     def train(self, adapter: Path, sha256: str, index: int) -> bytes:
@@ -160,7 +173,7 @@ def answering_errors(answers: Answers) -> Iterator[None]:
         answers.error(str(error))
     except Exception as error:
         if is_out_of_memory(error):
-            answers.error("Training ran out of memory; free memory, or choose another device in the site's config.")
+            answers.error(OUT_OF_MEMORY)
             return
         log_without_values(error)
         answers.error("Training failed; the trainer's log says where.")

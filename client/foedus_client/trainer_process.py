@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ class TrainerSettings:
     """What a trainer is told once, when it starts.
 
     dataset: a CSV, JSONL or Parquet file as `foedus_client.data.read_rows` reads it; dataset_sha256: 64 hex digits.
+    device to tokens_per_batch: as `foedus_common.tasks.text_classification.TextClassifier.load` takes them.
     threads: for arithmetic; 0 leaves it to torch. niceness: added to the process's own, 0 to 19.
     """
 
@@ -49,7 +50,10 @@ class TrainerSettings:
     text: str
     label: str
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    base_weights: Literal["float32", "bfloat16", "4bit"] = "float32"
+    gradient_checkpointing: bool = False
+    tokens_per_batch: int = 0
     threads: int = 0
     niceness: int = 0
 

@@ -54,7 +54,18 @@ def test_settings_read_back_as_they_were_written(tmp_path: Path) -> None:
         allow_without_privacy=True,
     )
     settings = SiteSettings(
-        "[::1]:8443", "[::1]:8444", "http://ada:secret@proxy:3128", "ca.pem", "cuda:1", "bfloat16", 4, 10, policy
+        coordinator="[::1]:8443",
+        enrolment="[::1]:8444",
+        proxy="http://ada:secret@proxy:3128",
+        authorities="ca.pem",
+        device="cuda:1",
+        dtype="bfloat16",
+        base_weights="4bit",
+        gradient_checkpointing=True,
+        tokens_per_batch=512,
+        threads=4,
+        niceness=10,
+        policy=policy,
     )
     assert SiteHome.create(tmp_path / "home", settings).settings == settings
 
@@ -78,6 +89,10 @@ def test_making_a_home_again_keeps_what_people_wrote(tmp_path: Path) -> None:
         ('coordinator = "here"\n', "write host:port"),
         ('enrolment = "here"\n', "write host:port"),
         ('proxy = "https://proxy:3128"\n', "must read http://host:port"),
+        ('base_weights = "8bit"\n', "must be one of"),
+        ('base_weights = "bfloat16"\ndtype = "float32"\n', 'set dtype to "auto"'),
+        ("tokens_per_batch = -1\n", "0 .as the device allows. or more"),
+        ("gradient_checkpointing = 1\n", "must be true or false"),
         ("threads = -1\n", "threads"),
         ("niceness = 20\n", "niceness"),
         ("device = ", "not valid TOML"),

@@ -9,6 +9,7 @@ import io
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
+from foedus_client import trainer as trainer_module
 from foedus_client import trainer_process
-from foedus_client.trainer import answering_errors
+from foedus_client.trainer import Trainer, answering_errors
 from foedus_client.trainer_process import TrainerProcess, TrainerSettings, read_message, write_message
 from foedus_common.adapters import AdapterSpec, save_adapter
 from foedus_common.canonical import sha256_hex
@@ -106,13 +109,46 @@ def test_a_killed_trainer_is_an_error_and_the_next_call_starts_another(site: Sit
         trainer.train(site.adapter, site.sha256, plan)
 
 
+def test_model_rows_and_features_are_made_once_for_a_whole_run(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two head rounds, then two adapter rounds, with the trainer's own object in this process."""
+    counts: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return inner(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(AutoModel, "from_pretrained")
+    counted(AutoTokenizer, "from_pretrained")
+    counted(trainer_module, "read_rows")
+    counted(trainer_module, "check_dataset")
+    answers = SimpleNamespace(progress=lambda what, done, total: counts.update([what] if done == total else []))
+    trainer = Trainer(dataclasses.replace(site.settings(), device="cpu"), site.agreed, answers)
+    assert counts == {"from_pretrained": 2}, "the data is not opened before it is asked for"
+    counted(trainer._classifier, "pooled")
+    trainer.train(site.adapter, site.sha256, 0)
+    passes = counts["pooled"]
+    trainer.train(site.adapter, site.sha256, 1)
+    assert counts["pooled"] == passes, "the second head round has the first one's features"
+    for index in (2, 3):
+        trainer.train(site.adapter, site.sha256, index)
+    assert counts["pooled"] > passes
+    assert (counts["from_pretrained"], counts["read_rows"], counts["check_dataset"]) == (2, 1, 1)
+    assert counts["features"] == 1
+
+
 @pytest.mark.parametrize("too_much", [lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)])
 def test_too_little_memory_is_a_sentence_and_not_a_failure_that_nobody_understands(too_much: Any) -> None:
     said: list[str] = []
     answers = SimpleNamespace(error=said.append)
     with answering_errors(answers):
         too_much()
-    assert said == ["Training ran out of memory; free memory, or choose another device in the site's config."]
+    (sentence,) = said
+    assert sentence.startswith("Training ran out of memory; free some, or set gradient_checkpointing = true")
 
 
 def test_what_changed_since_it_was_agreed_is_refused(site: Site, tmp_path: Path) -> None:

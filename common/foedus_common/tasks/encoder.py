@@ -8,19 +8,22 @@ nothing of data, labels beyond their number, or training.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +31,9 @@ from foedus_common.adapters import AdapterSpec, Role, TensorSpec
 from foedus_common.errors import LocalError
 from foedus_common.plan import RunPlan
 from foedus_common.tasks.head import HEAD
-from foedus_common.tasks.targets import target_names
+from foedus_common.tasks.targets import blocks, target_names
+
+BaseWeights = Literal["float32", "bfloat16", "4bit"]
 
 _LORA = "default"  # peft's name for the only adapter of a model
 
@@ -44,31 +49,65 @@ def encoder_spec(folder: Path, plan: RunPlan) -> AdapterSpec:
     return spec_of(encoder, plan)
 
 
-def load_encoder(folder: Path, plan: RunPlan, device: torch.device) -> PeftModel:
-    """The encoder in float32 on `device`, in evaluation mode (no dropout), every parameter frozen.
+def load_encoder(
+    folder: Path,
+    plan: RunPlan,
+    device: torch.device,
+    base_weights: BaseWeights = "float32",
+    products: torch.dtype = torch.float32,
+) -> PeftModel:
+    """The encoder on `device`, in evaluation mode (no dropout), every parameter frozen, the factors in float32.
 
-    Raises LocalError as `encoder_spec` does, and when the weights are incomplete.
+    base_weights: how the others are held. "4bit" is NF4 with double quantization (Dettmers et al., QLoRA, NeurIPS
+    2023) for the linear layers, multiplied in `products`, in which the rest is held. Raises LocalError as
+    `encoder_spec` does, when the weights are incomplete, and when bitsandbytes is wanted and not there.
     """
     config = _config(folder)
     # On CPUs the backward pass of eager attention in bfloat16 takes half the time of the fused one's (MiniLM, Zen 4).
-    attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    how: dict[str, Any] = {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    how["dtype"] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "4bit": products}[base_weights]
+    if base_weights == "4bit":
+        how |= {"quantization_config": _nf4(products), "device_map": {"": device}}
     with _refusing(folder):
         encoder, loading = AutoModel.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **attention,
+            **how,
         )
     absent = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if absent:
         raise LocalError(f"The model in {folder} lacks weights ({absent[0]}); it is not a complete model.")
     # To the device before the factors are added: hooks on modules that move afterwards are lost.
-    adapted = _with_factors(encoder.to(device), plan).to(device)
-    return adapted.requires_grad_(False).eval()
+    adapted = _with_factors(encoder if base_weights == "4bit" else encoder.to(device), plan)
+    adapted.requires_grad_(False).eval()
+    for module in adapted.modules():
+        if type(module).__name__ == "Linear4bit" and not list(module.children()):
+            module.train()  # else bitsandbytes packs it for CPUs with AVX-512, and then knows no backward pass
+    return adapted
+
+
+def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LocalError('base_weights = "4bit" needs bitsandbytes, which is not installed; pip install "foedus[gpu]".')
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=products,
+    )
+
+
+def recompute_blocks(encoder: PeftModel) -> None:
+    """Gradient checkpointing (Chen et al., arXiv:1604.06174): of each layer of the stack only what enters it is kept,
+    and the layer runs again in the backward pass. Not transformers' own, which wants the model in training mode, with
+    its dropout."""
+    for _, block in blocks(encoder).values():
+        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        setattr(block, "forward", again)  # noqa: B010
 
 
 def spec_of(encoder: PeftModel, plan: RunPlan) -> AdapterSpec:

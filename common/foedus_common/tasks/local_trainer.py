@@ -73,14 +73,14 @@ class LocalTrainer:
 
 
 def check_spec(classifier: TextClassifier, agreed: AgreedPlan) -> None:
-    """Raises LocalError unless the loaded model has the adapter that was agreed, in the agreed layout, and, under DP,
-    computes each row by itself."""
+    """Raises LocalError unless the loaded model has the adapter that was agreed, in the agreed layout, and
+    computes each row by itself where the row is the unit of privacy."""
     if classifier.spec.digest().hex() != agreed.spec_sha256:
         raise LocalError("The model does not give the adapter that the plan describes; compare the model's hash.")
     for number, (phase, parts) in enumerate(zip(agreed.plan.phase, agreed.trained, strict=True), start=1):
         if classifier.spec.parts(phase.train) != parts:
             raise LocalError(f"The plan's layout of the trained vector in phase {number} is not this model's.")
-    if agreed.plan.privacy.on:
+    if agreed.plan.privacy.unit == "record":
         check_rows_apart(classifier)
         if any(phase.train == "adapter" for phase in agreed.plan.phase):
             check_layers(classifier)

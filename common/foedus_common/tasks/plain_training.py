@@ -8,7 +8,7 @@ is what a step of the optimiser sees; its gradient is added up over as many rows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from foedus_common.tasks.text_classification import Progress, TextClassifier
 
 DEFAULT_UPDATE_BOUND = 1.0
 
-BatchFeatures = Callable[[NDArray[np.int64]], torch.Tensor]
+Batch = NDArray[np.int64]
+Shares = tuple[torch.Tensor | None, ...]
 
 
 def plain_update(
@@ -42,28 +43,28 @@ def plain_update(
     diverges to numbers that are not finite; under it nothing is refused that only the data decides.
     """
     settings, spec = round_plan.settings, classifier.spec
-    features_of, physical = _feature_source(classifier, adapter, rows, settings.train, progress)
     names = [tensor.name for tensor in spec.trained(settings.train) if tensor.name != HEAD]
     head = torch.nn.Parameter(torch.from_numpy(adapter[HEAD].copy()).to(classifier.device))
-    weights = [classifier.factors[name].weight.requires_grad_(True) for name in names]
-    optimizer = _optimizer(settings, head, weights)
+    trained = {HEAD: head} | {name: classifier.factors[name].weight.requires_grad_(True) for name in names}
+    gradients = _gradient_source(classifier, adapter, rows, trained, progress)
+    optimizer = _optimizer(settings, head, [trained[name] for name in names])
     batches = _shuffled_batches(settings, len(rows), random)
     for done, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = round_plan.learning_rate(group["group"], done / len(batches))
         optimizer.zero_grad()
-        for part in physical(batch):
-            labels = torch.from_numpy(rows.labels[part]).to(classifier.device)
-            loss = torch.nn.functional.cross_entropy(features_of(part) @ head.T, labels, reduction="sum")
-            torch.autograd.backward(loss / len(batch))
+        for shares in gradients(batch):
+            for (name, weight), share in zip(trained.items(), shares, strict=True):
+                if share is None:
+                    raise LocalError(f"No gradient comes to {name}; the model does not use it, name other targets.")
+                weight.grad = share if weight.grad is None else weight.grad + share
         if settings.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_([head, *weights], settings.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
         optimizer.step()
         progress("steps", done + 1, len(batches))
-    for weight in weights:
-        weight.requires_grad_(False)
-        weight.grad = None
-    trained = dict(zip([HEAD, *names], [head, *weights], strict=True))
+    for name in names:
+        trained[name].requires_grad_(False)
+        trained[name].grad = None
     after = {name: value.detach().cpu().numpy() for name, value in trained.items()}
     update = spec.vector(after, settings.train).astype(np.float64) - spec.vector(adapter, settings.train)
     if settings.steps is not None:  # the site is the unit of privacy
@@ -74,15 +75,34 @@ def plain_update(
     return np.clip(update, -bound, bound)
 
 
-def _feature_source(
-    classifier: TextClassifier, adapter: Tensors, rows: EncodedRows, train: str, progress: Progress
-) -> tuple[BatchFeatures, Callable[[NDArray[np.int64]], Iterable[NDArray[np.int64]]]]:
-    """How a batch's features are had (from the cache while the encoder stands still), and how a batch is cut up."""
-    if train == "head":
+def _gradient_source(
+    classifier: TextClassifier,
+    adapter: Tensors,
+    rows: EncodedRows,
+    trained: Mapping[str, torch.Tensor],
+    progress: Progress,
+) -> Callable[[Batch], Iterator[Shares]]:
+    """A function from a batch to shares of its mean loss's gradient, by each trained tensor, that add up to it.
+
+    While the encoder stands still features come from the cache and a batch is one share; else one for each physical
+    batch.
+    """
+
+    def shares(part: Batch, features: torch.Tensor, batch: Batch) -> Shares:
+        labels = torch.from_numpy(rows.labels[part]).to(features.device)
+        loss = torch.nn.functional.cross_entropy(features @ trained[HEAD].T, labels, reduction="sum") / len(batch)
+        return torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+
+    if len(trained) == 1:
         cached = classifier.features(adapter, rows, progress)
-        return (lambda batch: cached[torch.from_numpy(batch)]), (lambda batch: [batch])
+        return lambda batch: iter([shares(batch, cached[torch.from_numpy(batch)], batch)])
     classifier.load_factors(adapter)
-    return (lambda batch: classifier.pooled(*rows.inputs(batch))), rows.batches
+    return lambda batch: (
+        found
+        for _, found in classifier.batches.each(
+            rows, batch, lambda part: shares(part, classifier.pooled(*rows.inputs(part)), batch)
+        )
+    )
 
 
 def _optimizer(settings: Phase, head: torch.nn.Parameter, weights: list[torch.Tensor]) -> torch.optim.Optimizer:

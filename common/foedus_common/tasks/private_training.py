@@ -118,9 +118,9 @@ class AdapterGradients:
         totals = {HEAD: torch.zeros_like(head)}
         for name in self._names:
             totals[name] = torch.zeros_like(classifier.factors[name].weight, dtype=torch.float64)
-        for batch in self._rows.batches(rows):
-            for name, total in self._sums(batch, head).items():
-                totals[name] += total
+        for _, sums in classifier.batches.each(self._rows, rows, lambda batch: self._sums(batch, head)):
+            for name, share in sums.items():
+                totals[name] += share
         return np.concatenate([totals[t.name].flatten().cpu().numpy() for t in spec.trained("adapter")])
 
     def _sums(self, batch: NDArray[np.int64], head: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -20,9 +20,6 @@ from transformers import AutoTokenizer
 from foedus_common.errors import LocalError
 from foedus_common.plan import Task
 
-TOKENS_PER_BATCH = 2048
-"""How many tokens go through the encoder at once: enough to keep a core busy, few enough to stay in its cache."""
-
 PADDING = 0
 """The token that stands behind a row's end. It is masked, so any will do; not every tokenizer names one, and some name
 one that the model does not have."""
@@ -47,11 +44,11 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batches(self, chosen: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """The chosen rows' indices in groups of one padded length and at most TOKENS_PER_BATCH tokens."""
+    def batches(self, chosen: NDArray[np.int64], tokens: int) -> Iterator[NDArray[np.int64]]:
+        """The chosen rows' indices in groups of one padded length and at most `tokens` tokens, or of one row."""
         for length in np.unique(self.padded[chosen]):
             group = chosen[self.padded[chosen] == length]
-            size = max(1, TOKENS_PER_BATCH // int(length))
+            size = max(1, tokens // int(length))
             yield from (group[start : start + size] for start in range(0, len(group), size))
 
     def inputs(self, batch: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:

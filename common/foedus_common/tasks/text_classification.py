@@ -21,8 +21,9 @@ from peft import PeftModel
 from foedus_common.adapters import AdapterSpec, Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import RunPlan, Task
-from foedus_common.tasks.encoder import factors, load_encoder, spec_of
+from foedus_common.tasks.encoder import BaseWeights, factors, load_encoder, recompute_blocks, spec_of
 from foedus_common.tasks.head import CONSTANT, HEAD
+from foedus_common.tasks.physical_batches import ON_CPU, ON_GPU, PhysicalBatches
 from foedus_common.tasks.rows import EncodedRows, encode_rows, load_tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -38,9 +39,18 @@ def no_progress(what: str, done: int, total: int) -> None:
 class TextClassifier:
     """The model of one plan on one device. Holds one adapter at a time; not for use from two threads at once."""
 
-    def __init__(self, encoder: PeftModel, tokenizer: Any, task: Task, spec: AdapterSpec, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        encoder: PeftModel,
+        tokenizer: Any,
+        task: Task,
+        spec: AdapterSpec,
+        dtype: torch.dtype,
+        batches: PhysicalBatches,
+    ) -> None:
         self.encoder = encoder
         self.spec = spec
+        self.batches = batches
         self.factors = factors(encoder)
         self.device: torch.device = next(encoder.parameters()).device
         self._tokenizer = tokenizer
@@ -48,13 +58,31 @@ class TextClassifier:
         self._dtype = dtype
 
     @classmethod
-    def load(cls, folder: Path, plan: RunPlan, device: str = "auto", dtype: DType = "auto") -> TextClassifier:
-        """The plan's model from a local folder. device: "auto", "cpu" or "cuda:N"; dtype: of the matrix products in
-        the encoder ("auto": bfloat16 where the machine is quick at it). Raises LocalError with one sentence."""
+    def load(
+        cls,
+        folder: Path,
+        plan: RunPlan,
+        device: str = "auto",
+        dtype: DType = "auto",
+        *,
+        base_weights: BaseWeights = "float32",
+        gradient_checkpointing: bool = False,
+        tokens_per_batch: int = 0,
+    ) -> TextClassifier:
+        """The plan's model from a local folder.
+
+        device: "auto", "cpu" or "cuda:N". dtype: of the matrix products in the encoder ("auto": bfloat16 where the
+        machine is quick at it, or the base is held so). base_weights: how the frozen weights are held in memory.
+        gradient_checkpointing: compute each layer twice and keep little of it. tokens_per_batch: how many go through
+        the encoder at once; 0 leaves it to the device. Raises LocalError with one sentence.
+        """
         place = choose_device(device)
-        encoder = load_encoder(folder, plan, place)
-        tokenizer = load_tokenizer(folder)
-        return cls(encoder, tokenizer, plan.task, spec_of(encoder, plan), choose_dtype(dtype, place))
+        products = torch.bfloat16 if base_weights == "bfloat16" else choose_dtype(dtype, place)
+        encoder = load_encoder(folder, plan, place, base_weights, products)
+        if gradient_checkpointing:
+            recompute_blocks(encoder)
+        batches = PhysicalBatches(tokens_per_batch or (ON_CPU if place.type == "cpu" else ON_GPU))
+        return cls(encoder, load_tokenizer(folder), plan.task, spec_of(encoder, plan), products, batches)
 
     def encode(self, rows: Sequence[tuple[str, str | None]]) -> EncodedRows:
         """(text, label) rows ready for this model; see `encode_rows`."""
@@ -91,8 +119,9 @@ class TextClassifier:
             result = torch.empty(len(rows), self.spec.tensors[0].shape[1], device=self.device)
             done = 0
             with torch.no_grad():
-                for batch in rows.batches(np.arange(len(rows))):
-                    result[torch.from_numpy(batch)] = self.pooled(*rows.inputs(batch)).to(result.dtype)
+                compute = lambda batch: self.pooled(*rows.inputs(batch)).to(result.dtype)  # noqa: E731
+                for batch, pooled in self.batches.each(rows, np.arange(len(rows)), compute):
+                    result[torch.from_numpy(batch)] = pooled
                     done += len(batch)
                     progress("features", done, len(rows))
             rows.features = {key: result}
@@ -125,6 +154,10 @@ def choose_device(device: str) -> torch.device:
         raise LocalError(f'The device {device!r} is not known; write "auto", "cpu" or "cuda:0".') from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise LocalError(f"The device {device!r} was asked for, but this machine has no usable GPU.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= (count := torch.cuda.device_count()):
+        raise LocalError(
+            f"The device {device!r} was asked for, but this machine's GPUs are cuda:0 to cuda:{count - 1}."
+        )
     return chosen
 
 
@@ -133,7 +166,7 @@ def choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:
     float32."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    quick = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+    quick = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bfloat16()
     return torch.bfloat16 if quick else torch.float32
 
 

@@ -19,7 +19,6 @@ from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.privacy.noise import noised_sum
 from foedus_common.randomness import RandomBytes
-from foedus_common.tasks import rows as rows_module
 from foedus_common.tasks.encoder import HEAD
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.private_training import (
@@ -138,15 +137,13 @@ def test_adapter_sum_is_that_of_autograd_row_by_row(
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def test_physical_batches_do_not_change_the_sum(
-    classifier: TextClassifier, adapter_round: RoundPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_physical_batches_do_not_change_the_sum(classifier: TextClassifier, adapter_round: RoundPlan) -> None:
     classifier.encoder.double()
     adapter, encoded = an_adapter(classifier), classifier.encode(rows(30))
     vector = classifier.spec.vector(adapter, "adapter").astype(np.float64)
     gradients = AdapterGradients(classifier, adapter, encoded, 1.0, adapter_round)
     whole = gradients(vector, np.arange(30))
-    monkeypatch.setattr(rows_module, "TOKENS_PER_BATCH", 8)  # one row at a time
+    classifier.batches.tokens = 8  # one row at a time
     np.testing.assert_allclose(gradients(vector, np.arange(30)), whole, atol=1e-12)
     np.testing.assert_allclose(gradients(vector, np.arange(30)[::-1]), whole, atol=1e-12)
 

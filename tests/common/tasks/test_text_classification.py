@@ -10,7 +10,6 @@ from transformers import AutoModel, AutoTokenizer
 from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import RunPlan
-from foedus_common.tasks import rows as rows_module
 from foedus_common.tasks.head import CONSTANT, head_as_linear
 from foedus_common.tasks.text_classification import (
     TextClassifier,
@@ -72,18 +71,17 @@ def test_padding_is_the_rows_own(classifier: TextClassifier) -> None:
     assert encoded.padded.tolist() == [4, 4, 8, 12, 32, 32, 32]  # two special tokens each; cut to max_length
 
 
-def test_batches_hold_every_chosen_row_once(classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "TOKENS_PER_BATCH", 24)
+def test_batches_hold_every_chosen_row_once(classifier: TextClassifier) -> None:
     encoded = classifier.encode(rows(30))
     chosen = np.arange(0, 30, 2)
-    batches = list(encoded.batches(chosen))
+    batches = list(encoded.batches(chosen, 24))
     assert sorted(np.concatenate(batches)) == chosen.tolist()
     for batch in batches:
         ids, mask = encoded.inputs(batch)
         assert ids.shape == mask.shape
         assert ids.numel() <= 24
         assert mask.sum(dim=1).tolist() == [len(encoded.tokens[row]) for row in batch]
-    assert list(encoded.batches(chosen[:0])) == []
+    assert list(encoded.batches(chosen[:0], 24)) == []
 
 
 def test_labels_are_indices_and_unknown_ones_are_not_quoted(classifier: TextClassifier) -> None:
