@@ -74,15 +74,16 @@ def write_backup(
     return backup
 
 
-def restore_backup(file: Path, home: Path, kind: str) -> Backup:
-    """Makes a home of a backup. Raises LocalError, having made nothing, when the file is not a whole backup of that
-    kind, or something is at `home` already."""
+def restore_backup(file: Path, home: Path, kind: str, finish: Callable[[Path], None] = lambda draft: None) -> Backup:
+    """Makes a home of a backup. finish: told the folder that becomes the home once this returns. Raises LocalError,
+    having made nothing, when the file is not a whole backup of that kind, or something is at `home` already."""
     if home.exists() and not (home.is_dir() and not any(home.iterdir())):
         raise LocalError(f"{home} exists and is not empty; a backup is restored into a new home only.")
     home.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}-"))  # mode 0700
     try:
         backup = _unpack(file, draft, kind)
+        finish(draft)
         draft.rename(home)
         make_rename_durable(home)
     except (OSError, tarfile.TarError) as error:

@@ -6,6 +6,7 @@ The commands about models, plans and runs are in `cli_runs`.
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import os
 import signal
 import threading
@@ -67,7 +68,7 @@ for name, group in {
 SiteName = Annotated[str, typer.Argument(help="As `foedus site list` shows it.")]
 
 CLOCK = SystemClock()
-NOT_BACKED_UP = frozenset({"coordinator.log", "partial", "uploads"})
+NOT_BACKED_UP = frozenset({"coordinator.log", "foedus.lock", "partial", "uploads"})
 """Names in a home that belong to no copy of it."""
 
 
@@ -95,6 +96,9 @@ def init(
     listen: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port for sites.")] = 8443,
     enrolment_port: Annotated[int, typer.Option(help="Port for tokens.")] = 8444,
+    database: Annotated[
+        str, typer.Option(help="URL of an empty PostgreSQL database, without a password; else SQLite in the home.")
+    ] = "",
     root_public_key: Annotated[
         Path | None, typer.Option(help="Public half of the root key that `foedus root new` made.")
     ] = None,
@@ -106,7 +110,7 @@ def init(
     """Make a coordinator's home: keys, certificate authority, database."""
     if (root_public_key is None) != demonstration:
         raise LocalError("Give --root-public-key FILE from `foedus root new`, or --demonstration, and not both.")
-    settings = config.Settings(federation, host, link=config.Link(listen, port, enrolment_port))
+    settings = config.Settings(federation, host, database, config.Link(listen, port, enrolment_port))
     root = None if root_public_key is None else read_public_key(root_public_key)
     home = config.init(context.obj, settings, root_public_key=root, random=system_random, clock=CLOCK)
     facts = {"home": str(home.path), "root": fingerprint(home.root_public_key()), "demonstration": demonstration}
@@ -150,8 +154,10 @@ def up(context: typer.Context, as_json: Json = False) -> None:
     else:
         print_facts({"sites connect to": where["link"], "tokens are used at": where["enrolment"]})
         console.print("Ready. Ctrl-C drains and stops.")
-    service.serve(stopping)
-    service.stop()
+    try:
+        service.serve(stopping)
+    finally:
+        service.stop()
 
 
 @app.command()
@@ -168,6 +174,7 @@ def backup(
 ) -> None:
     """Write the home to one file, also while `foedus up` runs. Models stay where they are."""
     acting = operator(context)
+    acting.store.journal.log("backup.made", by=getpass.getuser())
     made = write_backup(
         file,
         acting.home.path,
@@ -186,10 +193,18 @@ def backup(
 def restore(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="What `foedus backup` wrote.")],
+    database: Annotated[
+        str | None, typer.Option(help="URL of an empty PostgreSQL database, or '' for SQLite; else as it was.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a new home of a backup. Rounds since then are lost; what they cost the sites is not given back."""
-    restored = restore_backup(file, context.obj, "coordinator")
+
+    def finish(draft: Path) -> None:
+        config.put_database_back(draft, database, CLOCK)
+
+    restored = restore_backup(file, context.obj, "coordinator", finish)
+    operator(context).store.journal.log("home.restored", made_at=iso(restored.made_at), by=getpass.getuser())
     if as_json:
         return print_json({"home": str(context.obj), **dataclasses.asdict(restored)})
     console.print(f"{context.obj} is as it was on {iso(restored.made_at)}. Next: foedus doctor, then foedus up")

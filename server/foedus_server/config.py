@@ -12,11 +12,13 @@ Knows no sites and no runs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +43,7 @@ from foedus_common.link.transport import TlsIdentity
 from foedus_common.private_files import create_private, private_folder, read_private, replace_private
 from foedus_common.randomness import RandomBytes
 from foedus_common.tables import parse, read_toml
-from foedus_server.store import Store
+from foedus_server.store import Store, parse_url
 
 SETTINGS = "foedus.toml"
 DATABASE = "foedus.db"
@@ -82,7 +84,8 @@ class Patience:
 
 @dataclass(frozen=True)
 class Settings:
-    """foedus.toml. host: the name or address under which sites reach the coordinator; database: "" for foedus.db."""
+    """foedus.toml. host: the name or address under which sites reach the coordinator; database: a URL, "" for foedus.db
+    in the home."""
 
     federation: str
     host: str = "127.0.0.1"
@@ -93,6 +96,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not (0 < len(self.federation) <= 48 and self.federation.isprintable()):
             raise LocalError("The federation's name must have 1 to 48 printable characters.")
+        if self.database:
+            parse_url(self.database)
         if self.link.port == self.link.enrolment_port:
             raise LocalError(f"The port {self.link.port} is given twice; link and enrolment need one each.")
         check_address(self.link_address)
@@ -103,7 +108,7 @@ class Settings:
         return (
             f"federation = {json.dumps(self.federation)}\n"
             f"host = {json.dumps(self.host)}  # the name or address under which sites reach this machine\n"
-            f"database = {json.dumps(self.database)}  # empty: foedus.db in this folder\n\n"
+            f"database = {json.dumps(self.database)}  # URL; empty: foedus.db in this folder\n\n"
             f"[link]\n"
             f"listen = {json.dumps(self.link.listen)}\n"
             f"port = {self.link.port}\n"
@@ -269,6 +274,23 @@ def init(
         shutil.rmtree(draft)
         raise
     return Home(path, settings)
+
+
+def put_database_back(draft: Path, database: str | None, clock: Clock) -> None:
+    """Bring the database of a restored home to where it belongs: out of the file that was in the backup, into the one
+    that foedus.toml names, or `database` (None: as it was; a URL, "" for the file), which foedus.toml then names.
+
+    Raises LocalError when that is not to be had, or holds a coordinator already.
+    """
+    settings = parse(Settings, read_toml(draft / SETTINGS), str(draft / SETTINGS))
+    if database is not None and database != settings.database:
+        settings = dataclasses.replace(settings, database=database)
+        replace_private(draft / SETTINGS, settings.to_toml().encode())
+    if settings.database:
+        file = draft / DATABASE
+        with closing(Store.open(f"sqlite:///{file}", clock)) as restored:
+            restored.database.copy_into(settings.database)
+        file.unlink()
 
 
 def create_root_key(path: Path, random: RandomBytes) -> bytes:

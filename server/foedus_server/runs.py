@@ -28,7 +28,7 @@ from foedus_server.aggregation import ServerOptimizer
 from foedus_server.config import Patience
 from foedus_server.link import LinkStopping
 from foedus_server.rounds import STAGE_NAMES, Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
-from foedus_server.store import Attempt, Run, RunState, Store
+from foedus_server.store import Attempt, DatabaseAway, Run, RunState, Store
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def conduct(coordinator: Coordinator, run_id: int, grid: RoundGrid) -> None:
             conductor.round(round_plan)
         coordinator.store.runs.move(run_id, ["running", "stopping"], "finished")
         conductor.tell_end(m.End.FINISHED)
-    except LinkStopping:
+    except (LinkStopping, DatabaseAway):
         raise  # the run stays where it is, for the next start
     except RunStopped:
         coordinator.store.runs.move(run_id, ["stopping"], "stopped")

@@ -24,7 +24,7 @@ from foedus_server.config import Home
 from foedus_server.link import LinkServer, LinkStopping
 from foedus_server.registry import ApprovedSites, Registry
 from foedus_server.runs import UNDER_WAY, Coordinator
-from foedus_server.store import Run
+from foedus_server.store import DatabaseAway, Run
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +63,32 @@ class Service:
         self._complaints: dict[int, str] = {}
 
     def start(self) -> None:
-        """Listen. Raises LocalError when a port is in use."""
+        """Listen. Raises LocalError when a port is in use, or another coordinator works with the database."""
+        self._store.database.claim()
         self.link.start()
 
     def serve(self, stopping: threading.Event) -> None:
-        """Look after the runs, and what sites are shown, until `stopping` is set."""
+        """Look after the runs, and what sites are shown, until `stopping` is set; wait for a database that is away.
+
+        Raises LocalError when another coordinator has taken the database meanwhile.
+        """
+        away = False
         while not stopping.wait(LOOK_SECONDS):
-            self._renew()
-            for run in self._store.runs.all():
-                thread = self._threads.get(run.run_id)
-                if run.state in UNDER_WAY and (thread is None or not thread.is_alive()):
-                    self._begin(run)
+            try:
+                self._store.database.claim()
+                self._look()
+                away = False
+            except DatabaseAway as error:
+                if not away:  # once, not at every look
+                    logger.error("%s Waiting for it.", error)
+                away = True
+
+    def _look(self) -> None:
+        self._renew()
+        for run in self._store.runs.all():
+            thread = self._threads.get(run.run_id)
+            if run.state in UNDER_WAY and (thread is None or not thread.is_alive()):
+                self._begin(run)
 
     def stop(self, grace: float = 5.0) -> None:
         """Drain: runs stop between two messages and go on after the next start."""

@@ -7,6 +7,7 @@ where a signal is the point.
 from __future__ import annotations
 
 import signal
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -285,6 +286,46 @@ def test_an_older_backup_stops_until_the_loss_is_accepted(site: Site, tmp_path: 
     assert (site.line["spent"], site.line["reserved"]) == (pytest.approx(whole), 0)
     assert site.states == ["withdrawn", "pending"]
     assert site("ledger", "--verify").code == 0
+
+
+def test_the_journal_tells_of_backups_and_goes_on_after_a_restore(site: Site, tmp_path: Path) -> None:
+    agreed = site.receives()
+    site("approve", "7")
+    site("backup", str(tmp_path / "copy"))
+    site.releases(agreed, 0)
+    site("audit", "export", str(tmp_path / "heads.json"))
+    assert site("audit", "verify", "--against", str(tmp_path / "heads.json")).code == 0
+    events = [entry["event"] for entry in site("audit", "show", "--last", "99", "--json").json]
+    for event in ("site.joined", "policy.changed", "plan.approved", "backup.made", "vector.stored"):
+        assert event in events
+
+    site.home.rename(tmp_path / "broken")
+    site("restore", str(tmp_path / "copy"))
+    site("ledger", "--accept-loss", "--yes")
+    assert site("audit", "verify").code == 0  # by itself it is whole
+    ended = site("audit", "verify", "--against", str(tmp_path / "heads.json"))
+    assert (ended.code, ended.err.startswith("foedus-site: The journal is broken at entry ")) == (1, True)
+    events = [entry["event"] for entry in site("audit", "show", "--last", "99", "--json").json]
+    assert events[events.index("backup.made") + 1] == "home.restored"
+
+
+def test_a_policy_that_was_edited_is_entered_when_the_site_next_looks(site: Site) -> None:
+    site("status")
+    settings = site.home / "site.toml"
+    settings.write_text(settings.read_text().replace("min_sites = 3", "min_sites = 4"))
+    site("status")
+    site("status")
+    changes = [e for e in site("audit", "show", "--last", "99", "--json").json if e["event"] == "policy.changed"]
+    assert [change["min_sites"] for change in changes] == [3, 4]
+
+
+def test_an_altered_ledger_ends_an_audit_with_1(site: Site) -> None:
+    site("status")
+    with sqlite3.connect(site.home / "site.db") as db:
+        db.execute("DROP TRIGGER ledger_is_never_updated")
+        db.execute("UPDATE ledger SET body = replace(body, 'a', 'b') WHERE number = 1")
+    ended = site("audit", "verify")
+    assert (ended.code, ended.err.startswith("foedus-site: The ledger is broken at entry 1: ")) == (1, True)
 
 
 def test_a_backup_is_restored_into_a_new_home_only(site: Site, tmp_path: Path) -> None:

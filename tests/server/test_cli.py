@@ -7,15 +7,21 @@ Commands run in the test's process, except where a signal is the point. Plans th
 from __future__ import annotations
 
 import signal
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import postgresql
+from foedus_common.checkpoints import sheet
 from foedus_common.clock import SystemClock
 from foedus_common.enrolment import decode_token
 from foedus_common.identity import fingerprint
 from foedus_server import cli
+from foedus_server.audit import notary
 from foedus_server.config import Link, Settings
 from foedus_simulations.parties import OPERATOR, Party, free_ports
 from known_sites import plan_of, submit
@@ -52,7 +58,20 @@ def test_it_prints_json_when_asked(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["up", "site list", "site revoke x", "roster sign", "model list", "run list", "audit verify", "backup b"]
+    "words",
+    [
+        "up",
+        "site list",
+        "site revoke x",
+        "roster sign",
+        "model list",
+        "run list",
+        "audit verify",
+        "audit show",
+        "audit export f",
+        "audit accept-loss --yes",
+        "backup b",
+    ],
 )
 def test_without_a_home_it_says_how_to_get_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
@@ -172,13 +191,87 @@ def test_a_backup_is_restored_whole_into_a_new_home(foedus: Foedus, tmp_path: Pa
     submit(foedus.operator.home, foedus.operator.store, plan_of(rounds=2), run_id=7)
     made = foedus("backup", str(tmp_path / "copy"), "--json").json
     assert made["kind"] == "coordinator"
+    assert foedus("audit", "show", "--last", "1", "--json").json[0]["event"] == "backup.made"
     verified = foedus("audit", "verify", "--json").json
     assert "into a new home only" in foedus("restore", str(tmp_path / "copy")).err
     foedus.home.rename(tmp_path / "broken")
     assert foedus("restore", str(tmp_path / "copy"), "--json").json["files"] == made["files"]
-    assert foedus("audit", "verify", "--json").json == verified
+    assert foedus("audit", "verify", "--json").json["entries"] == verified["entries"] + 1
+    assert foedus("audit", "show", "--last", "1", "--json").json[0]["event"] == "home.restored"
     assert foedus("run", "resume", "7").code == 2
     assert foedus("run", "stop", "7").code == 0
+
+
+def test_a_home_on_postgresql_is_backed_up_and_restored_on_either_kind(
+    foedus: Foedus, tmp_path: Path, postgresql_server: postgresql.Server
+) -> None:
+    copy, settings, file = str(tmp_path / "copy"), foedus.home / "foedus.toml", foedus.home / "foedus.db"
+
+    def lose_home() -> None:
+        foedus.home.rename(tmp_path / f"lost-{len(list(tmp_path.iterdir()))}")
+
+    lose_home()
+    first, second = postgresql_server.database(), postgresql_server.database()
+    foedus("init", "--demonstration", "--database", first, "--json")
+    assert not file.exists()
+    foedus("site", "invite", "north", "--org", "North Hospital")
+    sites = foedus("site", "list", "--json").json
+    foedus("backup", copy)
+    head = foedus("audit", "verify", "--json").json["head"]
+
+    lose_home()
+    taken = foedus("restore", copy)  # into the database that is still there
+    assert (taken.code, "holds a coordinator already" in taken.err, foedus.home.exists()) == (2, True, False)
+    for url in (second, ""):
+        assert foedus("restore", copy, "--database", url).code == 0
+        assert (f'database = "{url}"' in settings.read_text(), file.exists()) == (True, url == "")
+        assert settings.stat().st_mode & 0o777 == 0o600
+        assert foedus("site", "list", "--json").json == sites
+        assert foedus("audit", "verify").code == 0
+        (before, restored) = foedus("audit", "show", "--last", "2", "--json").json
+        assert (before["event"], restored["event"]) == ("backup.made", "home.restored")
+        assert foedus("doctor", "--json").json
+        lose_home()
+    assert len(head) == 64
+
+
+# --- Audit ---
+
+
+def test_a_journal_that_was_cut_off_ends_with_1_and_one_sentence(foedus: Foedus) -> None:
+    foedus("site", "invite", "north", "--org", "North Hospital")
+    notary(foedus.operator.home, foedus.operator.store).sign_end()
+    end = foedus("audit", "verify", "--json").json["entries"]
+    with closing(sqlite3.connect(foedus.home / "foedus.db")) as db, db:
+        db.execute("DELETE FROM journal WHERE number = ?", (end,))
+    ended = foedus("audit", "verify")
+    assert (ended.code, ended.err) == (
+        1,
+        f"foedus: The journal is broken at entry {end}: it is missing, and everything after it.\n",
+    )
+    foedus("site", "invite", "south", "--org", "South Hospital")  # another entry takes its place
+    assert foedus("audit", "verify").code == 1
+    assert foedus("audit", "accept-loss", "--yes", "--json").json == {"lost": [end]}
+    assert foedus("audit", "verify", "--json").json["heads that were lost"] == 1
+
+
+def test_what_a_site_holds_of_the_journal_is_compared_offline(foedus: Foedus, tmp_path: Path) -> None:
+    foedus("site", "invite", "north", "--org", "North Hospital")
+    head = notary(foedus.operator.home, foedus.operator.store).sign_end()
+    (tmp_path / "north.json").write_bytes(sheet("north", [head]))
+    assert foedus("audit", "verify", "--against", str(tmp_path / "north.json")).code == 0
+    assert foedus("audit", "export", str(tmp_path / "ours.json"), "--json").json["heads"] == 1
+    assert "exists already" in foedus("audit", "export", str(tmp_path / "ours.json")).err
+    with closing(sqlite3.connect(foedus.home / "foedus.db")) as db, db:
+        db.execute("DELETE FROM heads")  # whoever holds the disk cuts the journal off, and its signatures with it
+        db.execute("DELETE FROM journal WHERE number >= ?", (head.number,))
+    assert foedus("audit", "verify").code == 0
+    ended = foedus("audit", "verify", "--against", str(tmp_path / "north.json"))
+    assert (ended.code, f"broken at entry {head.number}: it is missing" in ended.err) == (1, True)
+    (tmp_path / "north.json").write_bytes(sheet("north", [replace(head, number=99)]))
+    ended = foedus("audit", "verify", "--against", str(tmp_path / "north.json"))
+    assert (ended.code, "never signed" in ended.err) == (2, True)
+    assert foedus("audit", "verify", "--against", str(tmp_path / "absent.json")).code == 2
 
 
 # --- Signals ---

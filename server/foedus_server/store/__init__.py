@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from foedus_common.clock import Clock
 from foedus_server.store.database import Database
+from foedus_server.store.engine import DatabaseAway, parse_url
 from foedus_server.store.journal import Journal
 from foedus_server.store.members import Members
 from foedus_server.store.rows import (
@@ -27,6 +28,7 @@ __all__ = [
     "Attempt",
     "AttemptState",
     "Certificate",
+    "DatabaseAway",
     "Evaluation",
     "Model",
     "Run",
@@ -35,6 +37,7 @@ __all__ = [
     "SiteState",
     "Store",
     "TokenUse",
+    "parse_url",
 ]
 
 
@@ -54,7 +57,7 @@ class Store:
 
     @classmethod
     def create(cls, url: str, clock: Clock) -> Store:
-        """A new, empty database. Raises LocalError where a SQLite file of that name exists."""
+        """A new, empty database. Raises LocalError where there is one already."""
         return cls(Database.create(url, clock))
 
     def close(self) -> None:

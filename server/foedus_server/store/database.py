@@ -1,13 +1,13 @@
 """One database, many readers, one writer at a time; and the journal, which is written with what it tells of.
 
-SQLite in a file of mode 0600 is used by the threads of `foedus up` and by the operator's other processes together.
-Each transaction that writes takes the lock when it begins, so what it has read is still true when it commits; on
-PostgreSQL an advisory lock does the same. Knows tables `meta` and `journal` only.
+It is used by the threads of `foedus up` and by the operator's other processes together; only one `foedus up` at a time
+may claim it. Knows tables `meta` and `journal` only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -15,79 +15,114 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, make_url, select, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy import Connection, Engine, func, insert, inspect, select
+from sqlalchemy.exc import DBAPIError
 
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
 from foedus_common.journal import START, Checkpoint, Entry, next_entry
+from foedus_server.store.engine import SERVICE_LOCK, DatabaseAway, explained, open_engine, said, sqlite_path
 from foedus_server.store.migrations import migrate
 from foedus_server.store.schema import VERSION, journal, meta, schema
-
-BUSY_SECONDS = 10
-_WRITER_LOCK = 0x666F65647573  # "foedus": any constant that every process of ours agrees on
 
 
 class Database:
     """An open database. Safe to share between threads; `close` it when done.
 
-    url: as SQLAlchemy writes it, e.g. "sqlite:////home/x/foedus-home/foedus.db".
+    url: as SQLAlchemy writes it, e.g. "sqlite:////home/x/foedus-home/foedus.db" or "postgresql://host/foedus".
     """
 
     def __init__(self, url: str, clock: Clock) -> None:
-        """Raises LocalError when there is no such database, or it is not one of this version of Foedus."""
-        path = _sqlite_path(url)
+        """Raises LocalError when there is no such database, or it is not one of this version of Foedus or an older one,
+        whose tables are brought up to date."""
+        path = sqlite_path(url)
         if path and not path.exists():
             raise LocalError(f"There is no database {path}; `foedus init` makes one.")
         self.clock = clock
-        self._engine = _engine(url)
-        try:
-            with self.reading() as connection:
-                version = _version(connection)
-        except DBAPIError as error:
-            raise LocalError(f"{path or 'What was found'} is no database of Foedus: {error.orig}.") from None
+        self._path = path
+        self._engine = open_engine(url)
+        self._claim: Connection | int | None = None
+        version = self._version_found()
         if version != str(VERSION):
             with self.writing("be brought up to date") as connection:
                 if migrate(connection, _version(connection)):  # again: another process may have done it meanwhile
                     self.log(connection, "database.migrated", before=version, to=VERSION)
 
+    def _version_found(self) -> str | None:
+        try:
+            with self._engine.connect() as connection:
+                return _version(connection)
+        except DBAPIError as error:
+            if isinstance(away := explained(error, "be opened"), DatabaseAway):
+                raise away from None
+            what = self._path or "What the URL names"
+            raise LocalError(f"{what} is no database of Foedus: {said(error)}.") from None
+
     @classmethod
     def create(cls, url: str, clock: Clock) -> Database:
-        """A new, empty database. Raises LocalError where a SQLite file of that name exists."""
-        if path := _sqlite_path(url):
-            try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            except FileExistsError:
-                raise LocalError(f"{path} exists already and is not overwritten.") from None
-        engine = _engine(url)
-        with engine.begin() as connection:
-            schema.create_all(connection)
+        """A new, empty database. Raises LocalError as `make_tables`."""
+        with make_tables(url) as connection:
             connection.execute(insert(meta).values(key="schema", value=str(VERSION)))
-        engine.dispose()
         return cls(url, clock)
 
     def close(self) -> None:
+        if isinstance(self._claim, int):
+            os.close(self._claim)
+        elif self._claim is not None:
+            self._claim.close()
+        self._claim = None
         self._engine.dispose()
 
+    def claim(self) -> None:
+        """Be the one `foedus up` of this database until `close`, however the process ends; again makes sure of it.
+
+        Raises LocalError when another one is, and DatabaseAway when that cannot be found out.
+        """
+        if self._path:
+            self._claim = self._claim or _lock_file(self._path.with_suffix(".lock"))
+            return
+        try:
+            if isinstance(self._claim, Connection):
+                self._claim.execute(select(1))
+                return
+        except DBAPIError as error:  # the server went down, and the lock with its session
+            self._claim = None
+            raise explained(error, "be held on to") from None
+        try:
+            held = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT", foedus="session")
+            mine = held.execute(select(func.pg_try_advisory_lock(SERVICE_LOCK))).scalar_one()
+        except DBAPIError as error:
+            raise explained(error, "be claimed") from None
+        if not mine:
+            held.close()
+            raise LocalError(_TAKEN)
+        self._claim = held
+
     def copy_to(self, path: Path) -> None:
-        """A copy of the SQLite file as it is now, whole, while others may go on writing it. Raises LocalError for a
-        database of another kind."""
-        if self._engine.dialect.name != "sqlite":
-            raise LocalError(
-                "The database is not a file of the home; back it up with its own tool (pg_dump), and with `foedus up` "
-                "stopped copy the home's folder."
-            )
+        """A copy as it is now, whole, while others may go on writing it: a SQLite file, whatever this database is."""
+        if self._path is None:
+            with self.reading("be copied") as source, make_tables(f"sqlite:///{path}") as copy:
+                copy_rows(source, copy)
+            return
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with self._engine.connect() as connection, closing(sqlite3.connect(path)) as copy:
             opened = connection.connection.driver_connection
             assert isinstance(opened, sqlite3.Connection)
             opened.backup(copy)
 
+    def copy_into(self, url: str) -> None:
+        """Everything here into a new database, or nothing of it. Raises LocalError as `make_tables`."""
+        with self.reading("be copied") as source, make_tables(url) as copy:
+            copy_rows(source, copy)
+
     @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """One snapshot of what was last committed."""
-        with self._engine.connect() as connection:
-            yield connection
+    def reading(self, what: str = "be read") -> Iterator[Connection]:
+        """One snapshot of what was last committed. Raises LocalError, with `what` ending its sentence."""
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except DBAPIError as error:
+            raise explained(error, what) from None
 
     @contextmanager
     def writing(self, what: str) -> Iterator[Connection]:
@@ -96,11 +131,8 @@ class Database:
         Raises:
             LocalError: the database stayed busy for 10 seconds or cannot be written; `what` ends the sentence.
         """
-        try:
-            with self._engine.connect().execution_options(foedus_writes=True) as connection, connection.begin():
-                yield connection
-        except DBAPIError as error:
-            raise LocalError(f"The database could not {what}: {error.orig}.") from None
+        with _writing(self._engine, what) as connection:
+            yield connection
 
     # --- Journal ---
 
@@ -123,44 +155,58 @@ class Database:
             return [Entry(**row._mapping) for row in connection.execute(query)]
 
 
+_TAKEN = "Another `foedus up` works with this database; stop it first."
+
+
+@contextmanager
+def make_tables(url: str) -> Iterator[Connection]:
+    """The tables of a new database, and a transaction to fill them in: all of it, or nothing.
+
+    Raises LocalError where a SQLite file of that name exists, or where a PostgreSQL database, which has to be there,
+    holds a coordinator already.
+    """
+    if path := sqlite_path(url):
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            raise LocalError(f"{path} exists already and is not overwritten.") from None
+    engine = open_engine(url)
+    try:
+        with _writing(engine, "take the tables of a coordinator") as connection:
+            if inspect(connection).has_table(meta.name):
+                raise LocalError("The database holds a coordinator already, and is not overwritten; make another one.")
+            schema.create_all(connection)
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def copy_rows(source: Connection, target: Connection) -> None:
+    """Every row of every table, within the transactions of the two connections."""
+    for table in schema.sorted_tables:
+        for rows in source.execute(select(table)).mappings().partitions(500):
+            target.execute(insert(table), [dict(row) for row in rows])
+
+
+@contextmanager
+def _writing(engine: Engine, what: str) -> Iterator[Connection]:
+    try:
+        with engine.connect().execution_options(foedus="write") as connection, connection.begin():
+            yield connection
+    except DBAPIError as error:
+        raise explained(error, what) from None
+
+
+def _lock_file(path: Path) -> int:
+    """Held by this process until it ends. Raises LocalError when another one holds it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LocalError(_TAKEN) from None
+    return descriptor
+
+
 def _version(connection: Connection) -> str | None:
     return connection.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one_or_none()
-
-
-def _sqlite_path(url: str) -> Path | None:
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise LocalError("The database's URL is malformed; write sqlite:////path or postgresql://host/name.") from None
-    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
-
-
-def _engine(url: str) -> Engine:
-    try:
-        engine = create_engine(url, hide_parameters=True)
-    except (NoSuchModuleError, ModuleNotFoundError) as error:
-        raise LocalError(f"This Python lacks the driver of the database: {error}.") from None
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _set_up_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
-    else:
-        event.listen(engine, "begin", _begin_postgresql)
-    return engine
-
-
-def _set_up_sqlite(connection: Any, _: object) -> None:
-    """Write-ahead log, so that readers do not wait; every commit on disk before it returns."""
-    connection.isolation_level = None  # the driver begins nothing by itself: `_begin_sqlite` does
-    for pragma in (f"busy_timeout = {BUSY_SECONDS * 1000}", "journal_mode = WAL", "synchronous = FULL"):
-        connection.execute(f"PRAGMA {pragma}")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    writes = connection.get_execution_options().get("foedus_writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _begin_postgresql(connection: Connection) -> None:
-    if connection.get_execution_options().get("foedus_writes"):
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})

@@ -26,7 +26,8 @@ class Members:
     def sites(self) -> list[Site]:
         """Sorted by name."""
         with self._database.reading() as connection:
-            return [Site(**row._mapping) for row in connection.execute(select(sites).order_by(sites.c.name))]
+            found = [Site(**row._mapping) for row in connection.execute(select(sites))]
+        return sorted(found, key=lambda site: site.name)  # here: each database has an order of its own for text
 
     def site(self, name: str) -> Site | None:
         with self._database.reading() as connection:

@@ -41,7 +41,8 @@ class Runs:
     def models(self) -> list[Model]:
         """Sorted by name."""
         with self._database.reading() as connection:
-            return [Model(**row._mapping) for row in connection.execute(select(models).order_by(models.c.name))]
+            found = [Model(**row._mapping) for row in connection.execute(select(models))]
+        return sorted(found, key=lambda model: model.name)  # here: each database has an order of its own for text
 
     # --- Runs ---
 

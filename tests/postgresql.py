@@ -1,0 +1,118 @@
+"""A PostgreSQL server of one's own for a test session: on a Unix socket, as a user without rights, without fsync.
+
+PostgreSQL refuses to run as root, so that its processes then belong to `postgres` or `nobody`. Where its programs or
+the driver are missing, the tests that need it are skipped and say why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OWNER = "foedus"
+_numbers = itertools.count()
+
+
+class Server:
+    """Listens in `folder`. `database` makes a new, empty database and gives its URL."""
+
+    def __init__(self, folder: Path, programs: Path, account: dict[str, Any]) -> None:
+        self.folder = folder
+        self._programs = programs
+        self._account = account
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Returns when connections are accepted."""
+        options = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self.folder),
+            "fsync": "off",
+            "max_connections": "60",
+        }
+        settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        self._process = subprocess.Popen(
+            [self._programs / "postgres", "-D", self.folder / "data", *settings],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            **self._account,
+        )
+        assert self._process.stderr
+        said = []
+        for line in self._process.stderr:
+            said.append(line)
+            if "ready to accept connections" in line:
+                return
+        raise AssertionError("".join(said))
+
+    def stop(self) -> None:
+        """At once, and without a goodbye to those who are connected."""
+        if self._process is not None:
+            self._process.terminate()  # a "smart" stop would wait for connections
+            self._process.send_signal(2)  # "fast"
+            self._process.wait()
+            assert self._process.stderr
+            self._process.stderr.close()
+            self._process = None
+
+    def database(self) -> str:
+        import psycopg
+
+        name = f"test_{next(_numbers)}"
+        with psycopg.connect(host=str(self.folder), user=OWNER, dbname="postgres", autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        return f"postgresql://{OWNER}@/{name}?host={self.folder}"
+
+
+@contextmanager
+def server() -> Iterator[Server]:
+    """Skips the test that asks for it where there is no PostgreSQL."""
+    found = [shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
+    programs = next((Path(each).resolve().parent for each in reversed(found) if each), None)
+    if programs is None:
+        pytest.skip("PostgreSQL's programs are not installed here")
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("psycopg is not installed here; the extra `postgresql` brings it")
+    account = _account()
+    with tempfile.TemporaryDirectory(prefix="foedus-pg-", dir="/tmp") as name:  # a socket's path is short
+        folder = Path(name)
+        if account:
+            os.chown(folder, account["user"], account["group"])
+        subprocess.run(
+            [programs / "initdb", "-D", folder / "data", "-U", OWNER, "-A", "trust", "-E", "UTF8", "--no-sync", "-N"],
+            check=True,
+            capture_output=True,
+            cwd="/",
+            **account,
+        )
+        running = Server(folder, programs, account)
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+def _account() -> dict[str, Any]:
+    """As whom its processes run: nobody else, unless this is root."""
+    if os.getuid() != 0:
+        return {}
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    pytest.skip("PostgreSQL does not run as root, and there is neither `postgres` nor `nobody` here")
