@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from foedus_common.errors import LocalError, Reason, RemoteError
+from foedus_common.protocol.cores import in_parts
 from foedus_common.protocol.masks import Words
 from foedus_common.randomness import RandomBytes
 
@@ -94,9 +96,17 @@ class FieldLayout:
 
     def encode(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Words:
         """float vector (d,) -> words (words,): `pack(quantise(vector))`, block by block."""
-        words = self._with_header()
-        for part, steps in self._rounded(vector, random):
-            self._place(words, part, steps)
+        words, key = self._with_header(), random(32)
+
+        def fill(first: int, last: int) -> None:
+            """The fields of these words, plane by plane: no other part writes there."""
+            for plane in range(self._fields_per_word):
+                field = plane * self.words - 1
+                for part, steps in self._rounded(vector, key, max(field + first, 0), field + last):
+                    self._place(words, part, steps)
+
+        self._require_shape(vector)
+        in_parts(self.words, fill)
         return words
 
     def quantise(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Integers:
@@ -107,36 +117,41 @@ class FieldLayout:
         (zero IV) under a fresh key from `random`. Expectations are off by less than 2^-32 steps. LocalError for a value
         that is not finite or beyond its half-range: nothing is ever clipped.
         """
+        self._require_shape(vector)
         integers = np.empty(self.dimension, dtype=np.int64)
-        for part, steps in self._rounded(vector, random):
+        for part, steps in self._rounded(vector, random(32), 0, self.dimension):
             integers[part] = steps
         return integers
 
     def pack(self, integers: Integers) -> Words:
         """int64 (d,) in -R..R -> words (words,). LocalError beyond that range."""
-        if integers.shape != (self.dimension,):
-            raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {integers.shape}")
+        self._require_shape(integers)
         if integers.min() < -self.half_range or integers.max() > self.half_range:
             raise LocalError(f"an integer leaves the range of +-{self.half_range} steps that a field holds")
         words = self._with_header()
-        for part, _ in self._blocks():
+        for part, _ in self._blocks(0, self.dimension):
             self._place(words, part, integers[part])
         return words
+
+    def _require_shape(self, vector: npt.NDArray[Any]) -> None:
+        if vector.shape != (self.dimension,):
+            raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {vector.shape}")
 
     def _with_header(self) -> Words:
         words: Words = np.zeros(self.words, dtype=np.uint64)
         words[0] = 1
         return words
 
-    def _rounded(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Iterator[tuple[slice, Integers]]:
-        """Blocks of the vector as integers, in a buffer that the next block overwrites."""
-        if vector.shape != (self.dimension,):
-            raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {vector.shape}")
-        coins = Cipher(AES256(random(32)), CTR(bytes(16))).encryptor()
+    def _rounded(
+        self, vector: npt.NDArray[np.floating], key: bytes, start: int, stop: int
+    ) -> Iterator[tuple[slice, Integers]]:
+        """Blocks of coordinates start..stop as integers, in a buffer that the next block overwrites."""
+        coins = Cipher(AES256(key), CTR((start // 4).to_bytes(16, "big"))).encryptor()
+        coins.update(bytes(4 * (start % 4)))  # a block of AES has four coins
         zeros, keystream = memoryview(bytes(4 * _BLOCK)), bytearray(4 * _BLOCK)
         coin = np.frombuffer(keystream, dtype="<u4")
         scaled, steps = np.empty(_BLOCK, dtype=np.float64), np.empty(_BLOCK, dtype=np.int64)
-        for part, scale in self._blocks():
+        for part, scale in self._blocks(start, stop):
             values = vector[part]
             count = len(values)
             if not (float(values.max()) <= scale and float(values.min()) >= -scale):  # false for NaN too
@@ -192,7 +207,7 @@ class FieldLayout:
         used = self._fields_per_word * self.bits
         if header != survivors or padding.any() or (used < 64 and int(words.max()) >> used):
             raise RemoteError(Reason.BAD_SUM, f"the opened sum does not count {survivors} sites")
-        for part, scale in self._blocks():
+        for part, scale in self._blocks(0, self.dimension):
             fields = self._pick(words, part)
             if int(fields.max()) > 2 * self.half_range * survivors:
                 raise RemoteError(
@@ -221,10 +236,10 @@ class FieldLayout:
             yield plane, slice(word, word + run), slice(taken, taken + run)
             taken += run
 
-    def _blocks(self) -> Iterator[tuple[slice, float]]:
-        """Slices of the vector that lie within one segment and fit the cache, each with its scale."""
-        start = 0
+    def _blocks(self, start: int, stop: int) -> Iterator[tuple[slice, float]]:
+        """Slices of coordinates start..stop that lie within one segment and fit the cache, each with its scale."""
+        end = 0
         for length, scale in self.segments:
-            for low in range(start, start + length, _BLOCK):
-                yield slice(low, min(low + _BLOCK, start + length)), scale
-            start += length
+            begin, end = end, end + length
+            for low in range(max(begin, start), min(end, stop), _BLOCK):
+                yield slice(low, min(low + _BLOCK, end, stop)), scale

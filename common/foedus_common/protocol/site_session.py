@@ -11,13 +11,15 @@ or randomness of its own. What a state holds, and so how long a secret lives, is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from foedus_common.errors import FoedusError, LocalError, Reason, RemoteError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import primitives, shamir, wire
+from foedus_common.protocol.cores import in_parts
 from foedus_common.protocol.effects import (
     Abort,
     Answered,
@@ -270,10 +272,11 @@ def _check_keys(session: SiteSession, stage: Advertised, envelopes: tuple[bytes,
     sources = [envelope.header.source for envelope in parsed]
     if sources != sorted(set(sources)):
         raise RemoteError(Reason.BAD_MESSAGE, "the sites' keys are not listed once each in ascending order")
-    for source, envelope in zip(sources, parsed, strict=True):
+    for source in sources:
         if source not in stage.config.cohort:
             raise RemoteError(Reason.UNKNOWN_SITE, f"{source} sent keys and is not in the cohort", (source,))
-        envelope.verify(session.roster.member(source).public_key)
+    _verify_each([partial(each.verify, session.roster.member(each.header.source).public_key) for each in parsed])
+    for source, envelope in zip(sources, parsed, strict=True):
         expected = wire.Header(*stage.config.attempt_id, stage.ctx, source, wire.COORDINATOR, sequence=0)
         if envelope.header != expected:
             raise RemoteError(Reason.CONFIG_MISMATCH, f"the keys of {source} were made for another attempt", (source,))
@@ -345,10 +348,15 @@ def _agree(session: SiteSession, stage: Masked, envelope: wire.Envelope) -> _Ste
 def _unmask(session: SiteSession, stage: Agreed, envelope: wire.Envelope) -> _Step:
     signatures = _message(envelope, m.Agreement).signatures
     statement = wire.survivors_statement(stage.ctx, stage.u1, stage.survivors)
-    for signer, signature in signatures:
+    for signer, _ in signatures:
         if signer not in stage.config.cohort:
             raise RemoteError(Reason.UNKNOWN_SITE, f"{signer} signed the survivors and is not in the cohort", (signer,))
-        primitives.verify_signature(session.roster.member(signer).public_key, signature, statement, signer)
+    _verify_each(
+        [
+            partial(primitives.verify_signature, session.roster.member(signer).public_key, signature, statement, signer)
+            for signer, signature in signatures
+        ]
+    )
     if len(signatures) < stage.config.threshold:
         raise RemoteError(
             Reason.TOO_FEW_SITES,
@@ -407,6 +415,16 @@ def _stored_answer(answered: Answered | None, envelope: wire.Envelope, request: 
             Reason.SEQUENCE_REUSED, f"request {envelope.header.sequence} came again, and not as the last one answered"
         )
     return answered.answer
+
+
+def _verify_each(checks: Sequence[Callable[[], None]]) -> None:
+    """Signatures on all cores: in a large cohort they take longer than anything else that a site does."""
+
+    def run(start: int, stop: int) -> None:
+        for check in checks[start:stop]:
+            check()
+
+    in_parts(len(checks), run, least=3, multiple=1)
 
 
 _M = TypeVar("_M", bound=m.Message)
