@@ -33,7 +33,7 @@ from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
 from foedus_common.clock import Clock
 from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason, RemoteError
-from foedus_common.identity import Roster, SignedPlan
+from foedus_common.identity import MAX_ROSTER_BYTES, SIGNATURE_BYTES, Roster, SignedPlan
 from foedus_common.journal import Refusals
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import AgreedPlan, RoundPlan, parse_agreed_plan, schedule
@@ -129,8 +129,14 @@ class SiteRounds:
         if not isinstance(proposal, m.Propose):
             raise RemoteError(Reason.WRONG_STAGE, f"a {type(proposal).__name__} came where a proposal belongs")
         shown = ObjectRef(proposal.roster.digest.hex(), proposal.roster.size)
+        if shown.size > SIGNATURE_BYTES + MAX_ROSTER_BYTES:
+            raise RemoteError(Reason.BAD_MESSAGE, f"a roster of {shown.size} bytes is announced, which is too long")
         signed_roster = site.courier.fetch(header.run_id, shown).read_bytes()
-        roster = site.member.accept_roster(signed_roster, site.clock.now())
+        try:
+            roster = site.member.accept_roster(signed_roster, site.clock.now())
+        except RemoteError:
+            site.objects.delete(shown)
+            raise
         note_roster(site.store, roster)
         agreed = SignedPlan(proposal.plan, proposal.plan_signature).verify(roster.plan_key)
         if (agreed.run_id, agreed.digest()) != (header.run_id, header.binding):
@@ -191,13 +197,14 @@ class SiteRounds:
         if waiting and waiting.masked_in is None and waiting.terms == terms:
             return  # made before and never masked: the stored vector serves
         path = site.courier.fetch(header.run_id, adapter)
-        trainer = self._trainer(agreed)
-        trainer.open()  # a missing device or too little memory for the model costs no charge
-
-        charge = site.ledger.reserve_round(header.run_id, header.round, site.policy.budget)  # on disk, before the data
-        update = trainer.train(path, adapter.sha256, round_plan)
-        if adapter.sha256 != agreed.first_adapter_sha256:  # which another run may be starting from, too
-            site.objects.delete(adapter)
+        try:
+            trainer = self._trainer(agreed)
+            trainer.open()  # a missing device or too little memory for the model costs no charge
+            charge = site.ledger.reserve_round(header.run_id, header.round, site.policy.budget)  # on disk, before data
+            update = trainer.train(path, adapter.sha256, round_plan)
+        finally:  # whatever came of it: a coordinator could offer another adapter every minute
+            if adapter.sha256 != agreed.first_adapter_sha256:  # which another run may be starting from, too
+                site.objects.delete(adapter)
         words = encoded(update, agreed, round_plan, terms.layout, site.random)
         vector = ObjectVectors(site.objects).store(words)
         site.ledger.release(charge, terms, vector)  # the outbox, on disk before Ready is sent

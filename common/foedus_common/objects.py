@@ -162,9 +162,10 @@ class Partial:
         """Add the next bytes.
 
         Raises:
-            RemoteError: BAD_MESSAGE when they would exceed the announced size.
+            RemoteError: BAD_MESSAGE when they would exceed the announced size; what came is thrown away.
         """
         if self.offset + len(chunk) > self._ref.size:
+            self._path.unlink()
             raise RemoteError(Reason.BAD_MESSAGE, "an object is longer than was announced.")
         self._file.write(chunk)
         self._hash.update(chunk)

@@ -6,9 +6,11 @@ import csv
 import dataclasses
 import hashlib
 import io
+import pickle
 import subprocess
 import sys
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +97,39 @@ def test_an_adapter_of_other_bytes_is_refused_and_the_trainer_lives_on(site: Sit
     with pytest.raises(LocalError, match="cannot be read"):
         trainer.train(site.adapter.with_name("absent"), site.sha256, plan)
     assert trainer.train(site.adapter, site.sha256, plan).size
+
+
+class Harm:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, at: Path) -> None:
+        self.at = at
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.at,)
+
+
+@pytest.mark.parametrize("case", ["pickle", "archive", "header of a terabyte", "header that ends nowhere", "metadata"])
+def test_an_adapter_that_is_something_else_is_refused_under_its_right_hash(
+    site: Site, trainer: TrainerProcess, tmp_path: Path, case: str
+) -> None:
+    """As a coordinator could name it: the hash proves nothing about what the bytes are."""
+    size, harm = site.adapter.stat().st_size, tmp_path / "harm"
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("adapter/data.pkl", pickle.dumps(Harm(harm)))
+    content = {
+        "pickle": pickle.dumps(Harm(harm)),
+        "archive": archive.getvalue(),
+        "header of a terabyte": (1 << 40).to_bytes(8, "little"),
+        "header that ends nowhere": (size - 8).to_bytes(8, "little") + b'{"head.weight":{',
+        "metadata": (80).to_bytes(8, "little") + b'{"__metadata__":{"auto_map":"harm.py"}}'.ljust(80),
+    }[case].ljust(size, b"\0")
+    (tmp_path / "adapter").write_bytes(content)
+    with pytest.raises(LocalError, match=r"[Tt]he adapter"):
+        trainer.train(tmp_path / "adapter", sha256_hex(content), schedule(site.agreed.plan)[0])
+    assert not harm.exists()
+    assert trainer.train(site.adapter, site.sha256, schedule(site.agreed.plan)[0]).size
 
 
 def test_a_killed_trainer_is_an_error_and_the_next_call_starts_another(site: Site) -> None:

@@ -1,39 +1,50 @@
 """The whole path by the programs' own commands, with real training: from `foedus init` to an exported adapter.
 
 Three sites enrol and approve; a run goes through a head phase and an adapter phase. In its course the coordinator is
-restarted, a site is restarted, and a trainer is killed at work. One site runs under strace, where there is one: what
-was on its disk before it opened its data is read from the kernel's own account.
+restarted, and one site's trainer is killed at work and its daemon restarted. That site runs under strace, where there
+is one: what was on its disk before it opened its data is read from the kernel's own account. Another site runs with an
+audit hook, which tells what its programs executed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from foedus_client.config import SiteSettings
+from foedus_client.store import SiteStore
 from foedus_common.clock import SystemClock
+from foedus_common.journal import Entry
 from foedus_common.model_folder import manifest_sha256
 from foedus_server.config import Home
 from foedus_simulations.parties import OPERATOR, Party, free_ports, until
 from known_sites import write_rows
-from processes import charges_of, children, environment, plan_state
+from processes import TESTS, charges_of, children, environment, plan_state
 from tiny_model import LABELS, rows, write_tiny_model
 
-FIRST, SECOND, TRACED = SITES = ("north", "east", "south")
+TRACED, AUDITED, THIRD = SITES = ("north", "east", "south")
 CANARY = "zanzibar"
 """A word that is in every row of every site."""
+RECEIVED = "quagga"
+"""A word in what the coordinator sends."""
 
 PLAN = """
-run = {{ name = "small", purpose = "The whole path, once." }}
+run = {{ name = "quagga", purpose = "The whole path of a quagga, once." }}
 model = {{ name = "tiny", sha256 = "{model}" }}
 data = {{ name = "terms" }}
 task = {{ kind = "text-classification", labels = {labels}, max_length = 32 }}
@@ -56,8 +67,10 @@ learning_rate = 2.0
 budget_share = 0.6
 """
 
-STRACE = [shutil.which("strace") or "", "-D", "-f", "--seccomp-bpf", "-y", "-s", "5000"]
-CALLS = ["-e", "trace=openat,pwrite64,fsync,fdatasync"]
+STRACE = [shutil.which("strace") or "", "-D", "-f", "-A", "--seccomp-bpf", "-y", "-s", "5000"]
+CALLS = ["-e", "trace=openat,write,pwrite64,fsync,fdatasync"]
+STARTING = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system")
+AUDIT_HOOK = Path(__file__).parent / "audited"
 
 
 class Traced(Party):
@@ -93,13 +106,8 @@ def finished() -> Iterator[Federation]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         folder = Path(name)
-        gates = {FIRST: f"1:invite:{folder}/gate-1", TRACED: f"2:invite:{folder}/gate-2"}
-        sites = {
-            site: (Traced if site == TRACED and may_trace() else Party)(
-                "rigged_site", folder / site, environment({"FOEDUS_HOLD": gates.get(site, "")})
-            )
-            for site in SITES
-        }
+        gates = {TRACED: f"1:invite:{folder}/gate-1", THIRD: f"2:invite:{folder}/gate-2"}
+        sites = {name: site_of(folder, name, gates.get(name, "")) for name in SITES}
         federation = Federation(folder, Party(OPERATOR, folder / "operator"), sites, {})
         try:
             set_up(federation)
@@ -108,6 +116,15 @@ def finished() -> Iterator[Federation]:
         finally:
             for party in (federation.operator, *sites.values()):
                 party.stop()
+
+
+def site_of(folder: Path, name: str, gate: str) -> Party:
+    """A site's program, held at `gate` (see `rigged`)."""
+    around = environment({"FOEDUS_HOLD": gate})
+    if name == AUDITED:
+        path = os.pathsep.join([str(AUDIT_HOOK), around["PYTHONPATH"]])
+        around |= {"PYTHONPATH": path, "FOEDUS_AUDIT": str(folder / "audit.jsonl")}
+    return (Traced if name == TRACED and may_trace() else Party)("rigged_site", folder / name, around)
 
 
 def set_up(made: Federation) -> None:
@@ -159,20 +176,21 @@ def conduct(made: Federation) -> None:
     def await_rounds(count: int) -> None:
         until(lambda: runs.run(int(made.run)).rounds_done == count, 90, f"the end of round {count}")
 
-    await_rounds(1)  # the first site is held before the second round
+    await_rounds(1)  # the traced site is held before the second round
     operator.stop("up")
     operator.start("up", "up", "--json")
-    trainers = children(made.daemons[FIRST].pid)
+    trainers = children(made.daemons[TRACED].pid)
     for trainer in trainers:
         trainer.suspend()
     (made.folder / "gate-1").touch()
-    until(lambda: charges(made, FIRST)[1:] == [(1, "reserved")], 30, "the round's being charged, and trained")
+    until(lambda: charges(made, TRACED)[1:] == [(1, "reserved")], 30, "the round's being charged, and trained")
     for trainer in trainers:
         trainer.kill()
 
-    await_rounds(2)  # the traced site is held before the third
-    made.sites[SECOND].stop("run")
-    made.daemons[SECOND] = made.sites[SECOND].start("run", "run")
+    await_rounds(2)  # the third site is held before the third
+    until(lambda: charges(made, TRACED)[3:] == [(2, "released")], 60, "the traced site's vector")
+    made.sites[TRACED].stop("run")
+    made.daemons[TRACED] = made.sites[TRACED].start("run", "run")
     (made.folder / "gate-2").touch()
     watched = operator.attempt("run", "watch", made.run)
     assert watched.returncode == 0, watched.stdout
@@ -202,11 +220,11 @@ def test_the_restarted_coordinator_went_on_from_the_last_committed_round(finishe
 
 def test_the_daemon_outlives_a_trainer_that_is_killed_at_work(finished: Federation) -> None:
     """As by a kernel that is out of memory: the round is declined with a sentence, then trained and charged again."""
-    assert finished.daemons[FIRST].poll() is None
-    log = finished.sites[FIRST].log("run").read_text()
+    assert finished.daemons[TRACED].poll() is None
+    log = finished.sites[TRACED].log("run").read_text()
     assert "round 2: declined: The trainer was killed, most likely because memory ran out; free memory" in log
     ended = [(0, "committed"), (1, "reserved"), (1, "committed"), (2, "committed"), (3, "committed")]
-    assert charges(finished, FIRST) == ended
+    assert charges(finished, TRACED) == ended
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -253,16 +271,115 @@ def test_no_word_of_the_data_is_anywhere_but_in_the_data(finished: Federation) -
     assert holding == {f"{name}.csv" for name in SITES}
 
 
-def test_the_reservation_is_on_disk_before_the_data_is_opened(finished: Federation) -> None:
+# --- What the traced site did, in the order in which its kernel saw it ---
+
+
+@pytest.fixture(scope="module")
+def calls(finished: Federation) -> list[str]:
     if not isinstance(finished.sites[TRACED], Traced):
         pytest.skip("strace is not installed, or the system does not let it trace")
-    calls = (finished.folder / "strace.txt").read_text(errors="replace").splitlines()
-    opened = first(calls, "openat(", f'/{TRACED}.csv"')
-    reserved = first(calls, "pwrite64(", "site.db-wal>", "reserve_round")
-    synced = reserved + first(calls[reserved:], "sync(", "site.db-wal>", "= 0")
-    assert reserved < synced < opened
+    return (finished.folder / "strace.txt").read_text(errors="replace").splitlines()
 
 
-def first(calls: list[str], *parts: str) -> int:
-    """The first line that holds all the parts."""
-    return next(number for number, call in enumerate(calls) if all(part in call for part in parts))
+def test_every_training_is_on_disk_before_it_is_asked_for(finished: Federation, calls: list[str]) -> None:
+    """In the first round and the next, when a round is trained again after a crash, and after a restart."""
+    assert [entry.event["round"] for entry in reservations(finished)] == [0, 1, 1, 2, 3]
+    asked = places(calls, "write(", r"\"do\": \"train\"")
+    assert len(asked) == 5
+    for reserved, request in zip(on_disk(finished, calls), asked, strict=True):
+        assert reserved < request
+
+
+def test_the_reservation_is_on_disk_before_the_data_is_opened(finished: Federation, calls: list[str]) -> None:
+    """Each trainer opens the data once: the first one, the one after it was killed, and the one after the restart."""
+    opened: dict[str, int] = {}
+    for place in places(calls, "openat(", f'/{TRACED}.csv"'):
+        opened.setdefault(calls[place].split()[0], place)
+    assert len(opened) == 3
+    first, died, again, _, restarted = on_disk(finished, calls)
+    places_opened = list(opened.values())
+    assert [first, places_opened[0], died, again, places_opened[1], restarted, places_opened[2]] == sorted(
+        [first, died, again, restarted, *places_opened]
+    )
+
+
+def reservations(finished: Federation) -> list[Entry]:
+    """The traced site's entries of rounds reserved, in the order of its ledger."""
+    with closing(SiteStore(finished.sites[TRACED].home / "site.db", SystemClock())) as store:
+        entries = [entry for entry, _ in store.ledger_entries()]
+    return [entry for entry in entries if entry.event["event"] == "reserve_round"]
+
+
+def on_disk(finished: Federation, calls: list[str]) -> list[int]:
+    """For each reservation of a round, the place at which the file that holds it was synchronised."""
+    found = []
+    for entry in reservations(finished):
+        body = entry.body.decode().replace('"', r"\"")
+        written = places(calls, "pwrite64(", "site.db-wal>", body)[0]
+        thread = calls[written].split()[0]
+        synced = [place for place in places(calls, "sync", "= 0") if calls[place].split()[0] == thread]
+        found.append(next(place for place in synced if place > written))
+    return found
+
+
+def places(calls: list[str], *parts: str) -> list[int]:
+    """The lines that hold all the parts."""
+    return [number for number, call in enumerate(calls) if all(part in call for part in parts)]
+
+
+# --- What the audited site executed ---
+
+
+@pytest.fixture(scope="module")
+def events(finished: Federation) -> list[list[Any]]:
+    """Process id, event, and what tells it apart, of the audited site's daemon, its commands and its trainer."""
+    return [json.loads(line) for line in (finished.folder / "audit.jsonl").read_text().splitlines()]
+
+
+def test_nothing_that_was_received_is_executed(finished: Federation, events: list[list[Any]]) -> None:
+    """Code comes from what was installed at the site (here: the interpreter's folders and this checkout), or was made
+    there in memory, and then holds no word of the coordinator's and no path of what was received."""
+    packages = Path(typer.__file__).parents[1]
+    installed = [sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), str(TESTS.parent), str(packages)]
+    home, marks = str(finished.folder), (RECEIVED, str(finished.folder / AUDITED))
+    for _, event, *what in events:
+        if event in ("exec", "compile") or (event == "import" and what[1]):
+            name = what[0] if event != "import" else what[1]
+            assert name[:1] in ("<", "") or any(name.startswith(root) for root in installed), (event, name)
+            assert not name.startswith(home), (event, name)
+        if event in ("exec", "compile"):
+            assert not any(mark in what[1] for mark in marks), (event, what)
+        if event == "ctypes.dlopen":
+            assert not what[0].startswith(home), what
+    assert [what for _, event, *what in events if event == "pickle.find_class"] == []
+
+
+def test_a_site_starts_its_trainer_and_nothing_else(finished: Federation, events: list[list[Any]]) -> None:
+    started = [what for _, event, *what in events if event in STARTING]
+    assert started == [[sys.executable, str([sys.executable, "-m", "foedus_client.trainer"])]]
+
+
+def test_the_audit_saw_the_round(finished: Federation, events: list[list[Any]]) -> None:
+    """Or the two tests above would show nothing."""
+    executed = {what[0] for _, event, *what in events if event == "exec"}
+    opened = {what[0] for _, event, *what in events if event == "open"}
+    for module in ("client/foedus_client/round.py", "client/foedus_client/trainer.py"):
+        assert str(TESTS.parent / module) in executed
+    assert any("/objects/" in path for path in opened)
+    assert f"{finished.folder}/{AUDITED}.csv" in opened
+    assert len({process for process, *_ in events}) >= 3
+
+
+def test_the_audit_sees_code_that_was_received(tmp_path: Path) -> None:
+    seen = tmp_path / "audit.jsonl"
+    harm = tmp_path / "received.py"
+    harm.write_text("quagga = 1")
+    script = (
+        f"import pickle, runpy; exec('quagga = 1'); runpy.run_path({str(harm)!r}); pickle.loads(pickle.dumps(print))"
+    )
+    around = {**os.environ, "PYTHONPATH": str(AUDIT_HOOK), "FOEDUS_AUDIT": str(seen)}
+    subprocess.run([sys.executable, "-c", script], env=around, check=True)
+    events = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert any(event == "exec" and RECEIVED in what[1] for _, event, *what in events)
+    assert any(event == "exec" and what[0] == str(harm) for _, event, *what in events)
+    assert any(event == "pickle.find_class" for _, event, *_ in events)

@@ -1,0 +1,294 @@
+"""What a coordinator may send in place of a plan, a roster, an invitation or an adapter: each is declined without a
+word, nothing is charged, no data is opened, and nothing of it stays or is executed.
+
+The coordinator here holds its own keys and signs whatever it likes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from foedus_client.approval import Approval
+from foedus_client.ledger import Ledger
+from foedus_client.policy import SitePolicy
+from foedus_client.round import Site, SiteRounds
+from foedus_client.store import SiteStore
+from foedus_common.adapters import save_adapter
+from foedus_common.canonical import digest, labelled, sha256_hex
+from foedus_common.clock import ManualClock
+from foedus_common.identity import MAX_ROSTER_BYTES, SignedRoster, generate_key
+from foedus_common.objects import ObjectRef, ObjectStore
+from foedus_common.plan import MAX_PLAN_BYTES, AgreedPlan, RoundPlan
+from foedus_common.protocol import messages as m
+from foedus_common.protocol import wire
+from known_sites import FIRST, SPEC, join_site, plan_of, submit
+from operators import Operator
+from seeded import seeded
+from tiny_model import rows
+
+RUN = 7
+
+
+class Harm:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, at: Path) -> None:
+        self.at = at
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.at,)
+
+
+class Coordinator:
+    """Offers objects that need not be what their references say (`foedus_client.round.Courier`)."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self.offered: dict[str, bytes] = {}
+        self._objects = objects
+
+    def offer(self, data: bytes, named: str = "", size: int = 0) -> m.VectorRef:
+        sha256 = named or sha256_hex(data)
+        self.offered[sha256] = data
+        return m.VectorRef(bytes.fromhex(sha256), size or len(data))
+
+    def fetch(self, run_id: int, ref: ObjectRef) -> Path:
+        with self._objects.receive(ref) as partial:
+            partial.append(self.offered[ref.sha256])
+            return partial.finish()
+
+    def push(self, run_id: int, ref: ObjectRef) -> None:
+        raise AssertionError("nothing leaves")
+
+
+class Untouched:
+    """A trainer that must not be reached (`foedus_client.round.Trainer`)."""
+
+    def open(self) -> None:
+        raise AssertionError("the data was about to be opened")
+
+    def train(self, adapter: Path, adapter_sha256: str, round_plan: RoundPlan) -> NDArray[np.float64]:
+        raise AssertionError("the data was opened")
+
+    def stop(self) -> None:
+        """Nothing runs."""
+
+
+class World:
+    """One site, a plan that its coordinator has agreed, and what the site has on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.clock = folder, ManualClock()
+        self.operator = Operator(folder / "operator", self.clock)
+        home = folder / "north"
+        member = join_site(self.operator, home, "north", self.clock, rows())
+        _, self.agreed = submit(self.operator.home, self.operator.store, plan_of(rounds=2), RUN)
+        self.objects = ObjectStore(home / "objects")
+        self.coordinator = Coordinator(self.objects)
+        self.store = SiteStore(home / "site.db", self.clock)
+        self.ledger = Ledger(self.store, self.clock, member.key.sign, member.public_key)
+        self.policy = SitePolicy(require_approval=False)
+        self.site = Site(
+            member=member,
+            policy=self.policy,
+            store=self.store,
+            ledger=self.ledger,
+            objects=self.objects,
+            courier=self.coordinator,
+            open_trainer=lambda agreed: Untouched(),
+            clock=self.clock,
+            random=seeded("site"),
+        )
+        self.rounds = SiteRounds(self.site)
+        signed = self.operator.registry.roster()
+        assert signed is not None
+        self.roster = signed.to_bytes()
+        self.harm = folder / "harm"
+
+    def propose(self, canonical: bytes | None = None, **changes: Any) -> m.FromSite:
+        """The site's answer to a proposal; right in all but `canonical` and the changed fields."""
+        plan = self.agreed.canonical() if canonical is None else canonical
+        signature = self.operator.home.plan_key().sign(labelled("signed-plan", plan))
+        fields = {"plan": plan, "plan_signature": signature, **changes}
+        fields.setdefault("roster", self.coordinator.offer(self.roster))
+        return self._ask(self.rounds.propose, digest("plan", plan), m.Propose(**fields))
+
+    def invite(self, round_index: int = 0, **changes: Any) -> m.FromSite:
+        """The site's answer to an invitation to a round of the approved plan."""
+        plan = self.agreed.canonical()
+        fields = {
+            "plan": plan,
+            "plan_signature": self.operator.home.plan_key().sign(labelled("signed-plan", plan)),
+            "base_model_hash": bytes.fromhex(self.agreed.plan.model.sha256),
+            **changes,
+        }
+        fields.setdefault("adapter", self.coordinator.offer(save_adapter(FIRST, SPEC)))
+        return self._ask(self.rounds.invite, self.agreed.digest(), m.Invite(**fields), round_index)
+
+    def _ask(
+        self, stage: Callable[[bytes], bytes], binding: bytes, message: m.ToSite, round_index: int = 0
+    ) -> m.FromSite:
+        header = wire.Header(RUN, round_index, 0, binding, wire.COORDINATOR, "north", sequence=0)
+        answer = wire.parse_envelope(stage(wire.build_envelope(header, message)))
+        return answer.message  # type: ignore[return-value]
+
+    def altered(self, *path: str, value: Any) -> bytes:
+        """The agreed plan's canonical bytes with one value set."""
+        table = json.loads(self.agreed.canonical())
+        inner = table
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        return json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def approve(self) -> AgreedPlan:
+        assert isinstance(self.propose(), m.Ready)
+        return self.agreed
+
+    def kept(self) -> set[str]:
+        return {path.name for path in self.objects.path(ObjectRef("0" * 64, 1)).parent.rglob("*") if path.is_file()}
+
+    def close(self) -> None:
+        self.store.close()
+        self.operator.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+Sent = Callable[[World], m.FromSite]
+
+PLANS: dict[str, tuple[Sent, str]] = {
+    "a pickle": (lambda w: w.propose(pickle.dumps(Harm(w.harm))), "not canonical JSON"),
+    "code beside the task": (lambda w: w.propose(w.altered("plan", "task", "auto_map", value={})), "auto_map"),
+    "code of the model": (lambda w: w.propose(w.altered("plan", "model", "trust_remote_code", value=True)), "unknown"),
+    "an import as a task": (
+        lambda w: w.propose(w.altered("plan", "task", "kind", value="os:system")),
+        "must be one of",
+    ),
+    "a path as a hash": (lambda w: w.propose(w.altered("plan", "model", "sha256", value="../../model")), "64 hex"),
+    "a path as a name": (lambda w: w.propose(w.altered("plan", "run", "name", value="../../run")), "must be named"),
+    "a path as data": (lambda w: w.propose(w.altered("plan", "data", "name", value="../rows.csv")), "no dataset"),
+    "a terminal's commands": (lambda w: w.propose(w.altered("plan", "run", "purpose", value="\x1b[2J")), "printable"),
+    "no number": (lambda w: w.propose(w.altered("plan", "privacy", "clip", value=float("nan"))), "BAD_MESSAGE"),
+    "infinity": (lambda w: w.propose(w.altered("plan", "privacy", "clip", value=float("inf"))), "BAD_MESSAGE"),
+    "another trainer": (lambda w: w.propose(w.altered("trainer_version", value="theirs/1")), "asks for theirs/1"),
+    "too long": (lambda w: w.propose(b" " * (MAX_PLAN_BYTES + 1)), "at most"),
+    "too deep": (lambda w: w.propose(b"[" * MAX_PLAN_BYTES), "not canonical JSON"),
+    "two readings": (lambda w: w.propose(w.agreed.canonical()[:-1] + b',"run_id":7}'), "not the canonical form"),
+    "another plan than is named": (lambda w: w.propose(replace(w.agreed, run_id=8).canonical()), "names another plan"),
+    "signed by somebody else": (lambda w: w.propose(plan_signature=bytes(64)), "BAD_SIGNATURE"),
+    "a roster of another root": (
+        lambda w: w.propose(roster=w.coordinator.offer(forged_roster(w))),
+        "BAD_SIGNATURE",
+    ),
+    "a roster that is none": (lambda w: w.propose(roster=w.coordinator.offer(pickle.dumps(Harm(w.harm)))), "BAD_"),
+    "a roster of other bytes": (
+        lambda w: w.propose(roster=w.coordinator.offer(w.roster, named="a" * 64)),
+        "do not match its size and SHA-256",
+    ),
+    "a roster of gigabytes": (
+        lambda w: w.propose(roster=m.VectorRef(bytes(32), MAX_ROSTER_BYTES + 65)),
+        "too long",
+    ),
+}
+
+
+def forged_roster(world: World) -> bytes:
+    return SignedRoster.sign(world.operator.registry.draft_roster(), generate_key(seeded("other root"))).to_bytes()
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_proposal_that_is_not_a_plan_is_declined(world: World, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    send, sentence = PLANS[case]
+    before, kept = world.store.ledger_end(), world.kept()
+    with caplog.at_level(logging.WARNING):
+        assert send(world) == m.Declined()
+    assert sentence in caplog.text
+    assert world.store.ledger_end() == before
+    assert all(plan.state in ("declined", "pending") for plan in world.store.plans())
+    assert world.kept() - kept <= {sha256_hex(world.roster)}
+    assert not world.harm.exists()
+
+
+INVITATIONS: dict[str, tuple[Sent, str]] = {
+    "another plan": (
+        lambda w: w.invite(plan=replace(w.agreed, trainer_version="x/1").canonical()),
+        "another plan than",
+    ),
+    "another model": (lambda w: w.invite(base_model_hash=bytes(32)), "another base model"),
+    "a round too many": (lambda w: w.invite(round_index=2), "no such round"),
+    "another first adapter": (lambda w: w.invite(adapter=w.coordinator.offer(b"other")), "the plan's first adapter"),
+    "other bytes": (lambda w: w.invite(1, adapter=w.coordinator.offer(b"x" * 9, "a" * 64)), "do not match its size"),
+    "more bytes than announced": (
+        lambda w: w.invite(1, adapter=w.coordinator.offer(b"x" * 10_000, "a" * 64, size=9)),
+        "longer than was announced",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INVITATIONS)
+def test_an_invitation_to_something_else_is_declined(world: World, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    send, sentence = INVITATIONS[case]
+    world.approve()
+    before, kept = world.store.ledger_end(), world.kept()
+    with caplog.at_level(logging.WARNING):
+        assert send(world) == m.Declined()
+    assert sentence in caplog.text
+    assert (world.store.ledger_end(), world.kept()) == (before, kept)
+
+
+def test_an_approval_that_ended_declines_the_round_and_says_so_here_only(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    agreed, roster = world.approve(), world.site.member.roster(world.clock.now())
+    approval = Approval("north", roster, world.policy, world.store, world.ledger)
+    approval.approve(agreed.digest(), by="ada", expires_at=world.clock.now() + 60)
+    world.clock.advance(61)
+    before = world.store.ledger_end()
+    with caplog.at_level(logging.WARNING):
+        assert world.invite() == m.Declined()
+    assert "The approval of run 7 by ada ended on" in caplog.text
+    assert world.store.ledger_end() == before
+
+
+def test_adapters_that_cannot_be_trained_from_do_not_fill_the_disk(world: World) -> None:
+    """A coordinator may invite to the same round again and again, each time with another adapter."""
+
+    class Choosy(Untouched):
+        def open(self) -> None:
+            """The model is here."""
+
+        def train(self, adapter: Path, adapter_sha256: str, round_plan: RoundPlan) -> NDArray[np.float64]:
+            raise ValueError("no adapter of this plan")  # as far as the disk goes, whatever goes wrong
+
+    world.approve()
+    rounds = SiteRounds(replace(world.site, open_trainer=lambda agreed: Choosy()))
+    world.rounds, kept = rounds, world.kept()
+    for attempt in range(5):
+        try:
+            assert world.invite(1, adapter=world.coordinator.offer(bytes([attempt]) * 1000)) == m.Declined()
+        except ValueError:
+            continue
+    assert world.kept() == kept
+    assert len(world.ledger.run(RUN).charges) == 3  # the round, and the plan's two retries
+
+
+def test_the_right_plan_and_invitation_are_not_declined(world: World) -> None:
+    """Or the tables above would show nothing."""
+    world.approve()
+    with pytest.raises(AssertionError, match="about to be opened"):
+        world.invite()
