@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,16 @@ class Refusals(logging.Handler):
 class Federation:
     """The consortium: its operator's home, the sites' homes, the link, and a cheating coordinator on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        daemon: type[Daemon] = KnownDaemon,
+        data: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    ) -> None:
+        """daemon: what a site is. data: rows by site, for those that are not to have the usual ones."""
         port, enrolment = free_ports(2)
         self.folder = folder
+        self._daemon = daemon
         settings = Settings("Test", link=Link(port=port, enrolment_port=enrolment))
         self.operator = Operator(folder / "operator", CLOCK, settings)
         self.moles = {
@@ -92,13 +99,13 @@ class Federation:
             include = ("Organisation of bravo",) if name == VICTIM else ()
             settings = SiteSettings(threads=1, policy=dataclasses.replace(policy, must_include=include))
             SiteHome.create(folder / name, settings)
-            join_site(self.operator, folder / name, name, CLOCK, rows(30 + 10 * number))
+            join_site(self.operator, folder / name, name, CLOCK, (data or {}).get(name) or rows(30 + 10 * number))
         self.first_roster = self.operator.registry.roster()
         self.roster = self.operator.sign_roster()
         self.refusals = Refusals()
         logging.getLogger("foedus_client").addHandler(self.refusals)
         self.link = self._listen()
-        self.sites: dict[str, KnownDaemon] = {}
+        self.sites: dict[str, Daemon] = {}
         for name in HONEST:
             self.start(name)
 
@@ -118,7 +125,7 @@ class Federation:
 
     def start(self, name: str) -> None:
         """Raises LocalError where a site would not start."""
-        self.sites[name] = KnownDaemon(SiteHome.open(self.folder / name), self.folder / "state", CLOCK, os.urandom)
+        self.sites[name] = self._daemon(SiteHome.open(self.folder / name), self.folder / "state", CLOCK, os.urandom)
         self.sites[name]._store.check_high_water()
         self.sites[name].start()
         until(lambda: name in self.link.connected(), SECONDS, f"{name} to connect")
@@ -147,13 +154,17 @@ class Federation:
 class Cheat:
     """One run of a coordinator that cheats. Everything it sees is kept, and `opening` makes the most of it."""
 
-    def __init__(self, federation: Federation, run_id: int, **plan: Any) -> None:
+    def __init__(self, federation: Federation, run_id: int, prepared: tuple[AgreedPlan, bytes] | None = None) -> None:
+        """prepared: the plan, and the first adapter that it names; left out, the usual plan for `KnownTrainer`."""
         self.federation, self.run_id = federation, run_id
         operator = federation.operator
-        self.agreed = submit(operator.home, operator.store, plan_of(2, **plan), run_id)[1]
+        self.agreed, first = prepared or (
+            submit(operator.home, operator.store, plan_of(2), run_id)[1],
+            save_adapter(FIRST, SPEC),
+        )
         self.signed = SignedPlan.sign(self.agreed, operator.home.plan_key())
         self.objects = ObjectStore(operator.home.objects)
-        self.adapter = self.objects.put(save_adapter(FIRST, SPEC))
+        self.adapter = self.objects.put(first)
         self.grid: SiteGrid = federation.link.grid(run_id, 1 << 20)
         self.exchanges: list[Exchange] = []
         self.vectors: dict[bytes, bytes] = {}

@@ -160,13 +160,15 @@ def _solve(
         rows.append({("vector", seen.site, seen.config.terms.round): 1, **unknown})
         right.append(words)
     for vectors, combination in _eliminate(rows):
-        weights = [_modulo(weight) for weight in combination]
-        if None in weights:
+        used = [(seen, words, _modulo(w)) for seen, words, w in zip(masked, right, combination, strict=True) if w]
+        if any(weight is None for _, _, weight in used) or len({len(words) for _, words, _ in used}) > 1:
             continue
-        words = sum((np.uint64(w) * y for w, y in zip(weights, right, strict=True)), np.zeros_like(right[0]))
-        layout = masked[0].config.terms.layout
+        total = np.zeros_like(used[0][1])
+        for _, words, weight in used:
+            total += np.uint64(weight or 0) * words
+        layout = used[0][0].config.terms.layout
         try:
-            steps = layout.unpack_sum(words, len(vectors))
+            steps = layout.unpack_sum(total, len(vectors))
         except RemoteError:
             continue  # not what it was taken for
         sites = tuple(sorted(site for _, site, _ in vectors))
