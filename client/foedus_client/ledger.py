@@ -29,7 +29,7 @@ from foedus_client.accounts import (
 )
 from foedus_client.data import Survey, share_rows
 from foedus_client.store import OVER, Dataset, SiteStore
-from foedus_common.canonical import labelled
+from foedus_common.canonical import digest, labelled
 from foedus_common.clock import Clock, iso
 from foedus_common.errors import LocalError, PolicyRefusal, RemoteError
 from foedus_common.identity import verify as verify_signature
@@ -102,7 +102,13 @@ class Ledger:
                 added_at=self._clock.now(),
             )
             self._store.add_dataset(dataset, survey.row_keys)
-            self._append("add_dataset", dataset=name, account=dataset.account, rows_sha256=survey.rows_sha256)
+            self._append(
+                "add_dataset",
+                dataset=name,
+                account=dataset.account,
+                rows_sha256=survey.rows_sha256,
+                blind=self._blind(survey.rows_sha256),
+            )
             return dataset
 
     def accounts(self) -> dict[str, Account]:
@@ -297,6 +303,11 @@ class Ledger:
         entry = next_entry(self._store.ledger_end(), self._clock.now(), event, details)
         self._store.append_entry(entry, self._sign(_statement(entry)))
         return entry
+
+    def _blind(self, rows_sha256: str) -> str:
+        """64 hexadecimal digits that nobody without this site's key can foresee. The coordinator is shown heads of the
+        chain: with them in the entry, a head confirms no guess of the rows."""
+        return digest("ledger-blind", self._sign(labelled("ledger-blind", rows_sha256))).hex()
 
     def _adopt(self, public_key: bytes) -> None:
         """Entries are signed by another key from here on; the first of them vouches for the key before."""

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cheating import CLOCK
+from foedus_client.store import SiteStore
 from foedus_common.identity import SignedPlan
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.plan import schedule
@@ -111,6 +113,13 @@ SOURCES: dict[str, tuple[str, Check]] = {
         each(lambda w, v: v.verify(w.public_key) is None),
     ),
     "Ready": ("empty", each(lambda w, v: v is None)),
+    "JournalHeads.own.number": ("how many entries the journal has", each(lambda w, v: v > 0)),
+    "JournalHeads.own.head": ("SHA-256 over entries that hold nothing to guess", each(lambda w, v: len(v) == 32)),
+    "JournalHeads.own.signature": ("the identity key, over that head", each(lambda w, v: len(v) == 64)),
+    "JournalHeads.seen[].number": ("the coordinator's journal", each(lambda w, v: v > 0)),
+    "JournalHeads.seen[].head": ("the coordinator's journal", each(lambda w, v: len(v) == 32)),
+    "JournalHeads.seen[].signature": ("the coordinator's", each(lambda w, v: len(v) == 64)),
+    "JournalHeads.seen[].countersignature": ("the identity key, over that head", each(lambda w, v: len(v) == 64)),
     "Advertise.share_key": ("a fresh X25519 key", fresh(32)),
     "Advertise.mask_key": ("a fresh X25519 key", fresh(32)),
     "Advertise.commitment": ("a hash of a fresh seed", fresh(32)),
@@ -197,6 +206,22 @@ def test_the_search_finds_every_spelling_of_every_secret() -> None:
         for lead in range(3):
             assert needles.found_in(base64.b64encode(b"x" * lead + secret.encode() + b"rest of it"))
     assert needles.found_in(b"geheim" + bytes(100)) == set()
+
+
+@pytest.mark.parametrize("site", ROWS)
+def test_heads_of_the_journal_confirm_no_guess_of_rows_or_vectors(recording: Recording, site: str) -> None:
+    """Heads of the journal are sent and stand for the ledger, too. An entry with a hash of the data in it holds 256 bits
+    besides that only this site can know, and none holds the hash of a vector that was not masked."""
+    store = SiteStore(recording.folder / site / "site.db", CLOCK)
+    (dataset,) = store.datasets()
+    secrets = [dataset.file_sha256, dataset.rows_sha256]
+    secrets += [outbox.vector.digest.hex() for n in (0, 1) if (outbox := store.outbox(recording.run_id, n))]
+    events = [entry.event for entry in (*store.journal_entries(), *(entry for entry, _ in store.ledger_entries()))]
+    store.close()
+    assert len(secrets) == 4
+    telling = [event for event in events if any(secret in str(event) for secret in secrets)]
+    assert [event["event"] for event in telling] == ["add_dataset"]
+    assert len(bytes.fromhex(telling[0]["blind"])) == 32
 
 
 # --- Rows do not show ---

@@ -180,8 +180,7 @@ class Recording:
         try:
             until(lambda: acting.store.runs.run(run.run_id).state in ("finished", "failed"), 120, "the run's end")
             assert acting.store.runs.run(run.run_id).state == "finished", self.log.read_text()[-3000:]
-            for name in ROWS:
-                until(lambda name=name: self._ended(name), 20, "the sites hearing of it")
+            until(lambda: not service._threads[run.run_id].is_alive(), 20, "the sites' being told")
         finally:
             for each in daemons:
                 each.stop()
@@ -190,10 +189,6 @@ class Recording:
             serving.join()
             acting.store.close()
         return run.run_id
-
-    def _ended(self, name: str) -> bool:
-        replies = [sent for sent in self.sites[name].sent if sent.method == "Control"]
-        return sum(pb.FromSite.FromString(each.data).WhichOneof("part") == "reply" for each in replies) == 14
 
     def _daemon(self, name: str) -> Daemon:
         home = SiteHome.open(self.folder / name)
