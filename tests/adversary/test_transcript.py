@@ -210,8 +210,8 @@ def test_the_search_finds_every_spelling_of_every_secret() -> None:
 
 @pytest.mark.parametrize("site", ROWS)
 def test_heads_of_the_journal_confirm_no_guess_of_rows_or_vectors(recording: Recording, site: str) -> None:
-    """Heads of the journal are sent and stand for the ledger, too. An entry with a hash of the data in it holds 256 bits
-    besides that only this site can know, and none holds the hash of a vector that was not masked."""
+    """Heads of the journal are sent and stand for the ledger, too. An entry with a hash of the rows in it holds 256
+    bits besides that only this site can know, and none holds the hash of a vector that was not masked."""
     store = SiteStore(recording.folder / site / "site.db", CLOCK)
     (dataset,) = store.datasets()
     secrets = [dataset.file_sha256, dataset.rows_sha256]
