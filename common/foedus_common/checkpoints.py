@@ -19,7 +19,7 @@ from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import verify as verify_signature
 from foedus_common.journal import BrokenChain, Checkpoint, Entry
 from foedus_common.journal import verify as verify_chain
-from foedus_common.protocol.messages import JournalHead, JournalHeads, SeenHead
+from foedus_common.protocol.messages import MAX_SEEN, JournalHead, JournalHeads, SeenHead
 
 LOSS_ACCEPTED = "journal.loss_accepted"
 MAX_SHEET_BYTES = 16 << 20
@@ -107,7 +107,7 @@ class Notary:
     def show(self, peer: str, own: Head, shown: JournalHead | None = None) -> JournalHeads:
         """Our head for `peer`, as `sign_end` gave it; and countersigned, the newest that we hold of its journal and the
         one that it has just `shown`."""
-        held = {head.checkpoint: head.signature for head in self.book.heads(peer)[-1:]}
+        held = {head.checkpoint: head.signature for head in self.book.heads(peer)[1 - MAX_SEEN :]}
         if shown is not None:
             held[Checkpoint(shown.number, shown.head)] = shown.signature
         seen = [

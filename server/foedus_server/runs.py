@@ -308,6 +308,7 @@ class _Conductor:
 
     def _show_heads(self) -> None:
         """To the sites that take part; their answers are taken when there is time."""
+        self._take_heads()
         self._grid.forget(self._heads)  # of sites that are away: what follows says more
         notary = self._coordinator.notary
         own = notary.sign_end()

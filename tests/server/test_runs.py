@@ -22,9 +22,11 @@ from foedus_client.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.round import Site, SiteRounds
 from foedus_client.store import SiteStore
+from foedus_common.checkpoints import accept_losses
 from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
 from foedus_common.identity import public_bytes
+from foedus_common.journal import BrokenChain
 from foedus_common.link.contents import context_of
 from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan
@@ -37,6 +39,7 @@ from foedus_server.audit import notary
 from foedus_server.audit import verify as verify_coordinator
 from foedus_server.config import Patience
 from foedus_server.link import LinkStopping
+from foedus_server.registry import Registry
 from foedus_server.runs import Coordinator
 from foedus_simulations.grids import InProcessGrid
 from foedus_simulations.parties import until
@@ -259,6 +262,30 @@ def test_after_a_run_each_side_has_the_other_s_signature_over_its_journal(consor
         assert told.coordinator == len(journal.heads(COORDINATOR)) == 3  # after each round, and at the end
         events = [entry.event["event"] for entry in site["store"].journal_entries()]
         assert [events.count(event) for event in ("vector.masked", "survivors.signed", "unmasking.answered")] == [2] * 3
+
+
+def test_a_coordinator_that_was_rolled_back_learns_it_at_its_next_run(consortium: Make, tmp_path: Path) -> None:
+    three = consortium(NAMES[:3])
+    operator, older = three.operator, tmp_path / "older.db"
+    three.submit(plan_of(rounds=1), run_id=7)
+    operator.store.database.copy_to(older)
+    assert three.conduct() == "finished"
+    lost = operator.store.journal.journal_end().number
+
+    operator.store.close()
+    (operator.home.path / "foedus.db").write_bytes(older.read_bytes())
+    operator.store = operator.home.store(three.clock)
+    operator.registry = Registry(operator.home, operator.store, three.clock, operator.random)
+    three.submit(plan_of(rounds=1), run_id=8)
+    assert three.conduct() == "finished"  # the sites take no harm
+    behind = [e.event for e in operator.store.database.entries() if e.event["event"] == "journal.behind"]
+    assert {event["number"] for event in behind} == {lost - 1, lost}  # those shown after the round, and at the end
+    with pytest.raises(BrokenChain):
+        verify_coordinator(operator.home, operator.store)
+    accept_losses(operator.store.journal, operator.store.journal.entries(), COORDINATOR, "anna")
+    assert {mark.number for mark in verify_coordinator(operator.home, operator.store).losses} == {lost - 1, lost}
+    for name, site in three.sites.items():
+        verify_site(site["store"], site["ledger"], name, site["member"].public_key)
 
 
 def test_momentum_and_averaging_are_those_of_a_run_that_was_never_interrupted(consortium: Make) -> None:

@@ -104,6 +104,11 @@ class SeenHead:
         _require_storable(self.number)
 
 
+MAX_SEEN = 4
+"""More than one, so that a journal which went back and grew again meets the heads that it lost, also when an answer of
+its owner's was lost meanwhile."""
+
+
 @dataclass(frozen=True)
 class JournalHeads:
     """From either side (`foedus_common.checkpoints`): its own head, and what it has seen of the receiver's journal."""

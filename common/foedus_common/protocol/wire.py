@@ -44,7 +44,6 @@ COORDINATOR = "@coordinator"
 MAX_ENVELOPE_BYTES = 1 << 20
 MAX_PLAN_BYTES = 256 * 1024
 MAX_SEGMENTS = 8192
-MAX_SEEN = 2
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 
 T = TypeVar("T")
@@ -234,7 +233,7 @@ _KINDS = (
         roster=_VECTOR,
     ),
     _kind(m.RunEnded, "run-ended", m.Stage.END, end=_END),
-    _kind(m.JournalHeads, "journal-heads", m.Stage.JOURNAL, own=_HEAD, seen=_listed(_SEEN, MAX_SEEN)),
+    _kind(m.JournalHeads, "journal-heads", m.Stage.JOURNAL, own=_HEAD, seen=_listed(_SEEN, m.MAX_SEEN)),
     _kind(
         m.Invite,
         "invite",

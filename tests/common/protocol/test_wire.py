@@ -55,15 +55,14 @@ TERMS = st.builds(
     colluding=NUMBERS,
 )
 SHARES = st.builds(m.SelfMaskShare, sized(33)) | st.builds(m.PairKeyShare, sized(33))
+ENTRIES = st.integers(0, 2**63 - 1)
 MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.Propose: st.builds(m.Propose, st.binary(min_size=1, max_size=50), sized(64), REFS),
     m.RunEnded: st.builds(m.RunEnded, st.sampled_from(m.End)),
     m.JournalHeads: st.builds(
         m.JournalHeads,
-        st.builds(m.JournalHead, st.integers(0, 2**63 - 1), sized(32), sized(64)),
-        st.lists(st.builds(m.SeenHead, st.integers(0, 2**63 - 1), sized(32), sized(64), sized(64)), max_size=2).map(
-            tuple
-        ),
+        st.builds(m.JournalHead, ENTRIES, sized(32), sized(64)),
+        st.lists(st.builds(m.SeenHead, ENTRIES, sized(32), sized(64), sized(64)), max_size=m.MAX_SEEN).map(tuple),
     ),
     m.Invite: st.builds(m.Invite, st.binary(min_size=1, max_size=50), sized(64), sized(32), REFS),
     m.Declined: st.builds(m.Declined),
