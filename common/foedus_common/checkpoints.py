@@ -263,7 +263,9 @@ def heads_in(text: bytes, owner: str, keys: Iterable[bytes]) -> list[Head]:
             for row in rows
             if row["owner"] == owner
         ]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        if not all(0 <= number < 1 << 63 for number, _, _ in found):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise LocalError("The file is no list of signed heads; `audit export` writes one.") from None
     return [_signed_by_one_of(keys, Head(owner, *row, b"")) for row in found]
 

@@ -84,9 +84,13 @@ class Attempt:
         to_site = (
             m.Propose(b"{}", bytes(64), reference),
             m.RunEnded(m.End.FINISHED),
+            m.JournalHeads(m.JournalHead(3, bytes(32), bytes(64)), ()),
             m.Invite(b"{}", bytes(64), bytes(32), reference),
         )
-        back = (m.Ready(), m.Declined())
+        heads = m.JournalHeads(
+            m.JournalHead(3, bytes(32), bytes(64)), (m.SeenHead(2, bytes(32), bytes(64), bytes(64)),)
+        )
+        back = (m.Ready(), m.Declined(), heads)
         header = wire.Header(11, 2, 0, bytes(32), wire.COORDINATOR, FUZZED, 0)
         answer = wire.Header(11, 2, 0, bytes(32), FUZZED, wire.COORDINATOR, 0)
         sign = self._sites[FUZZED].sign

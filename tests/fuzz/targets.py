@@ -27,7 +27,7 @@ from foedus_client.config import SiteSettings
 from foedus_client.data import read_rows
 from foedus_client.high_water import HighWater
 from foedus_client.trainer_process import read_message
-from foedus_common import certificates, enrolment, identity, journal, model_folder
+from foedus_common import certificates, checkpoints, enrolment, identity, journal, model_folder
 from foedus_common.adapters import AdapterSpec, TensorSpec, load_adapter, parse_spec, save_adapter
 from foedus_common.backup import restore_backup, write_backup
 from foedus_common.canonical import LABEL, canonical_json
@@ -226,6 +226,12 @@ def _of_enrolment(workshop: Workshop) -> list[Target]:
             [lines(*PEM_WORDS)],
             workshop.given("tls.crt", certificates.read_certificate),
         ),
+        Target(
+            "bundles of authorities",
+            [certificates.pem(authority.der) * 2],
+            [lines(*PEM_WORDS)],
+            workshop.given("authorities.pem", certificates.read_authorities),
+        ),
         Target("key files", [key_pem], [lines(*PEM_WORDS)], workshop.given("a.key", certificates.read_tls_key)),
         Target("identity files", [identity_pem], [lines(*PEM_WORDS)], workshop.given("b.key", identity.read_key)),
     ]
@@ -332,6 +338,14 @@ def _of_homes(workshop: Workshop) -> list[Target]:
     entries = [journal.next_entry(journal.START, NOW, "add_dataset", {"dataset": "terms", "rows": 7})]
     entries.append(journal.next_entry(journal.Checkpoint(1, entries[0].head), NOW, "close_run", {"run_id": 7}))
     chain = canonical_json([[e.number, e.body.decode(), e.head.hex()] for e in entries])
+    signer = Ed25519PrivateKey.from_private_bytes(RANDOM(32))
+    public_key = identity.public_bytes(signer)
+    mark_of = [journal.Checkpoint(entry.number, entry.head) for entry in entries]
+    heads = [
+        checkpoints.Head("north", at.number, at.head, signer.sign(checkpoints.statement("north", at)), public_key)
+        for at in mark_of
+    ]
+    sheet = checkpoints.sheet("coordinator", heads)
     pipe = b'{"say": "progress", "what": "training", "done": 1, "total": 2, "bytes": 4}\nabcd'
 
     def restore(path: Path) -> None:
@@ -349,6 +363,12 @@ def _of_homes(workshop: Workshop) -> list[Target]:
         Target("backups", [archive.read_bytes()], [tar_entries], workshop.given("archive.tar", restore)),
         Target("high-water marks", [mark], [json_tree, raw], workshop.given("mark.json", read_mark)),
         Target("journals", [chain], [_chain], _verify_chain),
+        Target(
+            "lists of signed heads",
+            [sheet],
+            [json_tree, raw],
+            lambda data: checkpoints.heads_in(data, "north", [public_key]),
+        ),
         Target(
             "a trainer's messages",
             [pipe],

@@ -79,6 +79,14 @@ FOUND = {
         lambda: with_value("high-water marks", "entries", value=math.inf),
     ),
     "a high-water mark nested deep": ("high-water marks", lambda: b"[" * 1024),
+    "a signed head with too large a number": (
+        "lists of signed heads",
+        lambda: TARGETS["lists of signed heads"].good[0].replace(b'"number": 1', b'"number": ' + b"9" * 30),
+    ),
+    "a signed head at infinity": (
+        "lists of signed heads",
+        lambda: TARGETS["lists of signed heads"].good[0].replace(b'"number": 1', b'"number": Infinity'),
+    ),
     "a trainer's message nested deep": ("a trainer's messages", lambda: nested(30_000)),
 }
 
