@@ -16,14 +16,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny models th
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from foedus_common.errors import FoedusError
-from foedus_common.terminal import console, errors, print_json
+from foedus_common.terminal import errors, print_json
 from privacy_audit.sections import SECTIONS, Bench
 from privacy_audit.verdicts import Verdict
 from tiny_model import write_tiny_model
+
+WIDTH = 140
+"""Columns of a table that goes to a file."""
 
 
 def main() -> int:
@@ -60,14 +64,15 @@ def audit(seed: int) -> dict[str, list[Verdict]]:
 
 def show(found: dict[str, list[Verdict]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("check", "statistic", "bound", "holds"):
+    table.add_column("check", no_wrap=True)
+    for column in ("statistic", "bound", "holds"):
         table.add_column(column, overflow="fold")
     for title, part in found.items():
         table.add_row(Text(title, style="bold cyan"))
         for each in part:
             holds = Text("yes") if each.holds else Text("NO", style="red")
             table.add_row(*(Text(cell) for cell in (f"  {each.check}", each.statistic, each.bound)), holds)
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 if __name__ == "__main__":

@@ -115,14 +115,14 @@ def verdicts(of: Study, trainings: int, random: RandomBytes) -> list[Verdict]:
     limit = (math.exp(accounted) - 1 + 2 * DELTA) / (math.exp(accounted) + 1)
     return [
         Verdict(
-            f"canary in the released adapter, {2 * trainings} trainings",
-            f"epsilon >= {noised.epsilon:.2f} (95 %), advantage {noised.advantage:.2f}",
+            f"canary in the adapter, {2 * trainings} trainings, 95 %",
+            f"epsilon >= {noised.epsilon:.2f}, advantage {noised.advantage:.2f}",
             f"<= {accounted:.3f} accounted, advantage {limit:.2f}",
             noised.epsilon <= accounted,
         ),
         Verdict(
             "... and with the noise off",
-            f"epsilon >= {bare.epsilon:.2f} (95 %), advantage {bare.advantage:.2f}",
+            f"epsilon >= {bare.epsilon:.2f}, advantage {bare.advantage:.2f}",
             f"> {accounted:.3f}: the attack works",
             bare.epsilon > accounted,
         ),

@@ -159,6 +159,6 @@ def from_the_factors(setting: Setting, targets: Sequence[int], random: RandomByt
     with noise_off():
         raw = guess()
     return [
-        raw.works(f"which of {len(sums)} texts, from the raw gradient of the factors"),
+        raw.works(f"which of {len(sums)} texts, from the factors' raw gradient"),
         guess().fails("... from the released vector", mu),
     ]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from foedus_common.adapters import Tensors
-from foedus_common.plan import AgreedPlan, RoundPlan
+from foedus_common.plan import AgreedPlan, Group, RoundPlan
 from foedus_common.tasks.rows import EncodedRows
 from foedus_common.tasks.text_classification import TextClassifier
 
@@ -48,10 +48,10 @@ class ReferenceSum:
         self._clip, self._shorten = clip, shorten
         self._train = round_plan.settings.train
         self._tensors = tensor_slices(classifier, self._train)
-        groups = {tensor.name: tensor.role for tensor in classifier.spec.trained(self._train)}
+        roles = {tensor.name: tensor.role for tensor in classifier.spec.trained(self._train)}
         self._scales = np.empty(classifier.spec.size(self._train))
         for name, place in self._tensors.items():
-            self._scales[place] = round_plan.scale("head" if groups[name] == "head" else "adapter")
+            self._scales[place] = round_plan.scale("head" if roles[name] == "head" else "adapter")
 
     def __call__(self, vector: Reals, chosen: NDArray[np.int64]) -> Reals:
         total = np.zeros_like(vector)
@@ -85,12 +85,16 @@ def tensor_slices(classifier: TextClassifier, train: str) -> dict[str, slice]:
     return places
 
 
+def group_values(agreed: AgreedPlan, round_plan: RoundPlan, value: Callable[[Group], float]) -> Reals:
+    """A number of each group, coordinate by coordinate, (d,)."""
+    return np.concatenate([np.full(part.length, value(part.group)) for part in agreed.trained[round_plan.phase]])
+
+
 def step_factors(agreed: AgreedPlan, round_plan: RoundPlan) -> Reals:
     """What a noised sum is multiplied by in a step, (d,): learning rate over scale and divisor (docs/privacy.md)."""
     divisor = agreed.plan.privacy.divisor or 0
-    return np.concatenate(
-        [
-            np.full(part.length, round_plan.learning_rate(part.group) / (round_plan.scale(part.group) * divisor))
-            for part in agreed.trained[round_plan.phase]
-        ]
-    )
+
+    def factor(group: Group) -> float:
+        return round_plan.learning_rate(group) / (round_plan.scale(group) * divisor)
+
+    return group_values(agreed, round_plan, factor)

@@ -120,7 +120,7 @@ def _all_steps(phases: Sequence[Residuals]) -> Finding:
 
 def _on_grid(phases: Sequence[Residuals]) -> Finding:
     furthest = max(float(phase.off_grid.max(initial=0.0)) for phase in phases)
-    return Finding("noised sums are whole grid units", f"at most {furthest:.1g} units off", float(furthest < 1e-3))
+    return Finding("sums are whole grid units", f"at most {furthest:.1g} units off", float(furthest < 1e-3))
 
 
 def _sampling(phases: Sequence[Residuals]) -> Finding:
@@ -131,42 +131,40 @@ def _sampling(phases: Sequence[Residuals]) -> Finding:
         p_values.append(_binomial(sum(phase.sizes), steps * phase.rows, phase.rate))
         p_values.append(_binomial(none, steps, (1 - phase.rate) ** phase.rows))
         empty, drawn = empty + none, drawn + sum(phase.sizes)
-    return worst_of("rows are drawn at the stated rate", p_values, f"{drawn} rows, {empty} empty batches")
+    return worst_of("rows drawn at the stated rate", p_values, f"{drawn} rows, {empty} empty batches")
 
 
 def _mean(tensors: Sequence[Place]) -> Finding:
     scores = [float(part.sum() / np.sqrt(part.size)) for part in _noises(tensors)]
-    return worst_of("noise has mean 0, tensor by tensor", *_normal(scores))
+    return worst_of("mean 0 in every tensor", *_normal(scores))
 
 
 def _variance(tensors: Sequence[Place]) -> Finding:
     parts = list(_noises(tensors))
     parts.append(np.concatenate(parts))
     ratios = [float(np.sqrt((part**2).mean())) for part in parts]
-    text = f"{min(ratios):.3f} to {max(ratios):.3f} of the stated sigma"
-    return worst_of("noise has its sigma, tensor by tensor", [_chi_square(part) for part in parts], text)
+    text = f"{min(ratios):.3f} to {max(ratios):.3f} of sigma"
+    return worst_of("sigma in every tensor", [_chi_square(part) for part in parts], text)
 
 
 def _variance_step_by_step(phases: Sequence[Residuals]) -> Finding:
     steps = [step for phase in phases for step in phase.noise]
     ratios = [float(np.sqrt((step**2).mean())) for step in steps]
-    text = f"{min(ratios, default=0):.2f} to {max(ratios, default=0):.2f} of the stated sigma"
-    return worst_of("noise has its sigma, step by step", [_chi_square(step) for step in steps], text)
+    text = f"{min(ratios, default=0):.2f} to {max(ratios, default=0):.2f} of sigma"
+    return worst_of("sigma in every step", [_chi_square(step) for step in steps], text)
 
 
 def _variance_on_empty_batches(phases: Sequence[Residuals]) -> Finding:
     chosen = [phase.noise[np.array(phase.sizes, int) == 0] for phase in phases]
     values = np.concatenate([part.ravel() for part in chosen])
-    text = f"{np.sqrt((values**2).mean()) if values.size else 1.0:.3f} of the stated sigma"
-    return Finding("empty batches carry the whole noise", text, _chi_square(values))
+    text = f"{np.sqrt((values**2).mean()) if values.size else 1.0:.3f} of sigma"
+    return Finding("sigma on empty batches", text, _chi_square(values))
 
 
 def _distribution(phases: Sequence[Residuals]) -> Finding:
     tests = [stats.kstest(phase.noise.ravel(), "norm") for phase in phases if phase.noise.size]
     furthest = max((float(test.statistic) for test in tests), default=0.0)
-    return worst_of(
-        "noise is Gaussian (Kolmogorov-Smirnov)", [float(t.pvalue) for t in tests], f"at most {furthest:.4f} apart"
-    )
+    return worst_of("Gaussian (Kolmogorov-Smirnov)", [float(t.pvalue) for t in tests], f"at most {furthest:.4f} apart")
 
 
 def _tails(phases: Sequence[Residuals]) -> Finding:
@@ -176,7 +174,7 @@ def _tails(phases: Sequence[Residuals]) -> Finding:
     largest = float(values.max(initial=0.0))
     log_below = values.size * np.log1p(-min(1.0, 2 * stats.norm.sf(largest)))
     p_value = 2 * float(min(np.exp(log_below), -np.expm1(log_below)))
-    return Finding("noise has its tails", f"{values.size} numbers up to {largest:.1f} sigma", min(1.0, p_value))
+    return Finding("tails", f"{values.size} numbers up to {largest:.1f} sigma", min(1.0, p_value))
 
 
 def _independent_of_gradients(tensors: Sequence[Place]) -> Finding:
@@ -187,7 +185,7 @@ def _independent_of_gradients(tensors: Sequence[Place]) -> Finding:
         along = (phase.noise[:, place] * phase.signal[:, place]).sum(axis=1)[norms > 0] / norms[norms > 0]
         if along.size:
             scores.append(float(along.sum() / np.sqrt(along.size)))
-    return worst_of("noise does not depend on the gradients", *_normal(scores))
+    return worst_of("independent of the gradients", *_normal(scores))
 
 
 def _independent_over_steps(phases: Sequence[Residuals]) -> Finding:
@@ -200,7 +198,7 @@ def _independent_over_steps(phases: Sequence[Residuals]) -> Finding:
             norm = float(np.linalg.norm(earlier[:shared]))
             if norm > 0:
                 scores.append(float(later[:shared] @ earlier[:shared]) / norm)
-    return worst_of("noise is fresh in every step and round", *_normal(scores))
+    return worst_of("fresh in every step and round", *_normal(scores))
 
 
 def _independent_over_coordinates(phases: Sequence[Residuals]) -> Finding:
@@ -216,7 +214,7 @@ def _independent_over_coordinates(phases: Sequence[Residuals]) -> Finding:
             norm = float(np.linalg.norm(phase.noise[:, first]))
             if norm > 0:
                 scores.append(float((phase.noise[:, first] * phase.noise[:, first + lag]).sum()) / norm)
-    return worst_of("noise is fresh in every coordinate", *_normal(scores))
+    return worst_of("fresh in every coordinate", *_normal(scores))
 
 
 # --- Their p-values ---

@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
+from foedus_client.round import encoded
 from foedus_common.adapters import Tensors
 from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.randomness import RandomBytes
@@ -108,9 +109,9 @@ def releases(specimen: Specimen, random: RandomBytes) -> list[Release]:
 
 
 def as_sent(agreed: AgreedPlan, round_plan: RoundPlan, update: Reals, random: RandomBytes) -> Reals:
-    """The update after the encoding that masks are added to, (d,)."""
+    """The update after the site's own encoding, to which masks are added next, (d,)."""
     layout = field_layout(agreed, round_plan)
-    return layout.decode(layout.encode(update, random), 1)
+    return layout.decode(encoded(update, agreed, round_plan, layout, random), 1)
 
 
 @contextmanager

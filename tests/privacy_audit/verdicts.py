@@ -49,3 +49,15 @@ def verdicts(findings: Sequence[Finding]) -> list[Verdict]:
         Verdict(each.check, f"{each.statistic}, p = {each.p:.2g}", f"p >= {limit:.0e}", each.p >= limit)
         for each in findings
     ]
+
+
+def summary(check: str, findings: Sequence[Finding]) -> Verdict:
+    """All tests of a run as one line."""
+    smallest = min(findings, key=lambda each: each.p)
+    said = f"{len(findings)} tests, smallest p = {smallest.p:.2g}"
+    return Verdict(check, said, f"p >= {level(findings):.0e}", not alarms(findings))
+
+
+def fault_found(name: str, found: Sequence[str]) -> Verdict:
+    """found: what noticed the fault."""
+    return Verdict(f"fault: {name}", f"found by {len(found)}" + (f": {found[0]}" if found else ""), ">= 1", bool(found))
