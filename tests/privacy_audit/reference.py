@@ -61,19 +61,25 @@ class ReferenceSum:
 
     def gradient(self, vector: Reals, row: int) -> Reals:
         """One row's gradient, neither scaled nor shortened, (d,)."""
-        classifier, spec = self._classifier, self._classifier.spec
-        tensors = spec.with_vector(self._adapter, self._train, vector)
-        classifier.load_factors(tensors)
+        classifier = self._classifier
         head_name, *names = self._tensors
-        shape = spec.tensors[0].shape
-        head = torch.tensor(vector[self._tensors[head_name]].reshape(shape), requires_grad=True)
+        head = torch.tensor(vector[self._tensors[head_name]], requires_grad=True)
         weights = [classifier.factors[name].weight.requires_grad_(True) for name in names]
-        features = classifier.pooled(*self._rows.inputs(np.array([row]))).double()
-        loss = torch.nn.functional.cross_entropy(features @ head.T, torch.tensor(self._rows.labels[[row]]))
+        features = self._features(vector, row).double()
+        logits = features @ head.view(classifier.spec.tensors[0].shape).T
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(self._rows.labels[[row]]))
         gradients = torch.autograd.grad(loss, [head, *weights])
         for weight in weights:
             weight.requires_grad_(False)
         return np.concatenate([gradient.double().numpy().ravel() for gradient in gradients])
+
+    def _features(self, vector: Reals, row: int) -> torch.Tensor:
+        """The row's features (1, width), with their graph where the factors are trained."""
+        classifier = self._classifier
+        if self._train == "head":
+            return classifier.features(self._adapter, self._rows)[row : row + 1]
+        classifier.load_factors(classifier.spec.with_vector(self._adapter, self._train, vector))
+        return classifier.pooled(*self._rows.inputs(np.array([row])))
 
 
 def tensor_slices(classifier: TextClassifier, train: str) -> dict[str, slice]:
