@@ -11,18 +11,14 @@ busy machine slows long steps more than short ones.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.common import Code, FitIns, FitRes, Parameters, Status, ndarrays_to_parameters, parameters_to_ndarrays
@@ -32,17 +28,11 @@ from flwr.server.strategy import FedAvg
 from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.supercore.task_identity import TaskIdentity
 
-from foedus_common.protocol import messages as m
-from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, Opened
-from foedus_common.protocol.effects import Arrived, Deadline, Send
-from foedus_common.protocol.encoding import FieldLayout
-from foedus_common.protocol.site_session import SiteSession
-from foedus_common.protocol.site_stages import Outbox
-from foedus_common.protocol.thresholds import Member, PeerRule, Roster, thresholds, tolerated_drops
+from foedus_common.protocol.thresholds import thresholds, tolerated_drops
 from report import report
+from rounds import CLIP, COLLUDING, Stopwatch, play, undisturbed
 
-DIMENSION, COLLUDING = 1_000_000, 1
-CLIP = 1.0
+DIMENSION = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -65,108 +55,6 @@ SETTINGS = (
     Setting(10, tolerated_drops(10, COLLUDING), repeats=6, site_goal=10, coordinator_goal=20),
     Setting(30, 5, repeats=2, site_goal=10, coordinator_goal=50),
 )
-
-
-class Stopwatch:
-    """Seconds of every pass through `running()`, without those spent inside `paused()`."""
-
-    def __init__(self) -> None:
-        self.laps: list[float] = []
-        self._paused = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        paused, start = self._paused, time.perf_counter()
-        yield
-        self.laps.append(time.perf_counter() - start - (self._paused - paused))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-
-def undisturbed(runs: list[Stopwatch]) -> float:
-    """Seconds of a run whose every step went as fast as it did in the best of the runs."""
-    return sum(map(min, zip(*(run.laps for run in runs), strict=True)))
-
-
-# --- Ours ---
-
-
-class Memory:
-    """A VectorStore in memory that stops its party's watch while it works."""
-
-    def __init__(self, objects: dict[m.VectorRef, bytes], watch: Stopwatch) -> None:
-        self.objects = objects
-        self._watch = watch
-
-    def store(self, words: np.ndarray) -> m.VectorRef:
-        with self._watch.paused():
-            ref = m.VectorRef(hashlib.sha256(words).digest(), words.nbytes)
-            self.objects[ref] = words.tobytes()
-            return ref
-
-    def load(self, ref: m.VectorRef) -> np.ndarray:
-        with self._watch.paused():
-            return np.frombuffer(bytearray(self.objects[ref]), dtype=np.uint64)
-
-
-def ours(updates: np.ndarray, setting: Setting) -> tuple[Stopwatch, Stopwatch]:
-    """The first site's steps over all its stages, and the coordinator's; the last `drops` sites send no vector."""
-    survivors = setting.sites - setting.drops
-    names = tuple(f"site-{index:02}" for index in range(setting.sites))
-    identities = {site: Ed25519PrivateKey.generate() for site in names}
-    members = {site: Member(key.public_key().public_bytes_raw(), f"org of {site}") for site, key in identities.items()}
-    roster, layout = Roster(1, bytes(32), members), FieldLayout(21, max(16, setting.sites), ((DIMENSION, CLIP),))
-    hashes = {"plan_digest": bytes(32), "base_model_hash": bytes(32), "adapter_hash": bytes(32)}
-    terms = m.RoundTerms(
-        run_id=1,
-        round=1,
-        phase=0,
-        trainer_version="benchmark",
-        layout=layout,
-        noise=m.Noise(),
-        min_sites=3,
-        colluding=COLLUDING,
-        **hashes,
-    )
-    limits = thresholds(setting.sites, COLLUDING)
-    config = m.RoundConfig(1, terms, 0, 1, roster.digest, names, limits.threshold, limits.minimum)
-    watches = {party: Stopwatch() for party in (*names, "coordinator")}
-    objects: dict[m.VectorRef, bytes] = {}
-    sessions, states = {}, {}
-    for site, update in zip(names, updates, strict=True):
-        vectors = Memory(objects, watches[site])
-        with watches[site].running():
-            words = layout.encode(update, os.urandom)
-        outbox = Outbox(terms, vectors.store(words), charged=True)
-        sessions[site] = SiteSession(site, identities[site].sign, roster, PeerRule(), outbox, vectors, os.urandom)
-        states[site] = sessions[site].begin()
-
-    silent = set(names[survivors:])
-    coordinator_watch = watches["coordinator"]
-    coordinator = CoordinatorSession(config, roster, Memory(objects, coordinator_watch))
-    with coordinator_watch.running():
-        state, effects = coordinator.begin()
-    while isinstance(state, Awaiting):
-        requests = [effect for effect in effects if isinstance(effect, Send)]
-        events: list[Arrived | Deadline] = []
-        for request in requests:
-            site = request.destination
-            if state.sequence < 2 or site not in silent:
-                with watches[site].running():
-                    states[site], answers = sessions[site].step(states[site], request.envelope)
-                events += [Arrived(site, answer.envelope) for answer in answers if isinstance(answer, Send)]
-        for event in [*events, Deadline(state.sequence)]:
-            with coordinator_watch.running():
-                state, more = coordinator.step(state, event)
-            effects = more or effects
-    assert isinstance(state, Opened), state
-    expected = updates[:survivors].sum(axis=0)
-    np.testing.assert_allclose(state.total, expected, atol=setting.sites * CLIP / layout.half_range)
-    return watches[names[0]], coordinator_watch
 
 
 # --- Flower's SecAgg+ ---
@@ -242,6 +130,12 @@ def flower(updates: np.ndarray, setting: Setting) -> tuple[Stopwatch, Stopwatch]
     server.laps.append(time.perf_counter() - start - grid.seconds)
     np.testing.assert_allclose(strategy.average, updates[:survivors].mean(axis=0), atol=1e-5)
     return grid.site, server
+
+
+def ours(updates: np.ndarray, setting: Setting) -> tuple[Stopwatch, Stopwatch]:
+    """The first site's steps over all its stages, and the coordinator's; the last `drops` sites send no vector."""
+    played = play(updates, setting.drops)
+    return played.site, played.coordinator
 
 
 def main() -> bool:

@@ -168,9 +168,10 @@ def shamir() -> dict:
         secret = seeded(f"secret {n}")
         wide = seeded(f"coefficients {n}", 64 * (t - 1))
         drawn = [int.from_bytes(wide[64 * i : 64 * i + 64], "big") % PRIME for i in range(t - 1)]
-        # The first draw belongs to the highest power, the secret is the constant.
-        polynomial = [int.from_bytes(secret, "big"), *reversed(drawn)]
-        shares = [evaluate(polynomial, x).to_bytes(33, "big") for x in range(1, n + 1)]
+        # Newton's form: the k-th draw belongs to binomial(x, k), the secret to binomial(x, 0).
+        newton = [int.from_bytes(secret, "big"), *drawn]
+        values = [sum(a * math.comb(x, k) for k, a in enumerate(newton)) % PRIME for x in range(1, n + 1)]
+        shares = [value.to_bytes(33, "big") for value in values]
         cases.append(
             {
                 "n": n,

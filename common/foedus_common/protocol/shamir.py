@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.randomness import RandomBytes
@@ -25,6 +26,8 @@ _WIDE_BYTES = 64
 def split(secret: bytes, threshold: int, xs: Sequence[int], random: RandomBytes) -> list[bytes]:
     """Shares (33 bytes each) of a 32-byte secret, one for each x: any `threshold` of them give it back, fewer nothing.
 
+    The polynomial is the secret + sum of a_k * binomial(X, k) with random a_k (Newton's form): as uniform as in powers
+    of X, for the change of basis is triangular and k! has an inverse. Its values at 0, 1, 2, ... are then running sums.
     `xs` are distinct and in 1..255 (they are index in cohort + 1). LocalError otherwise.
     """
     if len(secret) != SECRET_BYTES:
@@ -32,17 +35,13 @@ def split(secret: bytes, threshold: int, xs: Sequence[int], random: RandomBytes)
     if not 1 <= threshold <= len(xs) or len(set(xs)) != len(xs) or not all(1 <= x <= 255 for x in xs):
         raise LocalError(f"cannot share a secret among {len(xs)} points with threshold {threshold}")
     wide = random(_WIDE_BYTES * (threshold - 1))
-    polynomial = [
+    differences = [
         int.from_bytes(wide[start : start + _WIDE_BYTES], "big") % PRIME for start in range(0, len(wide), _WIDE_BYTES)
     ]
-    constant = int.from_bytes(secret, "big")
-    shares = []
-    for x in xs:
-        value = 0
-        for coefficient in polynomial:  # Horner's rule; x is small, so reducing once at the end is the faster way
-            value = value * x + coefficient
-        shares.append(((value * x + constant) % PRIME).to_bytes(SHARE_BYTES, "big"))
-    return shares
+    values = [0] * (max(xs) + 1)
+    for difference in (*reversed(differences), int.from_bytes(secret, "big")):
+        values = list(accumulate(values[:-1], initial=difference))
+    return [(values[x] % PRIME).to_bytes(SHARE_BYTES, "big") for x in xs]
 
 
 def lagrange_at_zero(xs: Sequence[int]) -> list[int]:
