@@ -1,7 +1,6 @@
-"""A PostgreSQL server of one's own for a test session: on a Unix socket, as a user without rights, without fsync.
+"""A PostgreSQL server of one's own for as long as tests need it: on a Unix socket, as a user without rights.
 
-PostgreSQL refuses to run as root, so that its processes then belong to `postgres` or `nobody`. Where its programs or
-the driver are missing, the tests that need it are skipped and say why.
+PostgreSQL refuses to run as root; its processes then belong to `postgres` or `nobody`. Nothing is left on the disk.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 OWNER = "foedus"
 _numbers = itertools.count()
 
@@ -27,8 +24,9 @@ _numbers = itertools.count()
 class Server:
     """Listens in `folder`. `database` makes a new, empty database and gives its URL."""
 
-    def __init__(self, folder: Path, programs: Path, account: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, programs: Path, account: dict[str, Any], durable: bool) -> None:
         self.folder = folder
+        self._durable = durable
         self._programs = programs
         self._account = account
         self._process: subprocess.Popen[str] | None = None
@@ -38,7 +36,7 @@ class Server:
         options = {
             "listen_addresses": "",
             "unix_socket_directories": str(self.folder),
-            "fsync": "off",
+            "fsync": "on" if self._durable else "off",
             "max_connections": "60",
         }
         settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
@@ -76,16 +74,23 @@ class Server:
         return f"postgresql://{OWNER}@/{name}?host={self.folder}"
 
 
-@contextmanager
-def server() -> Iterator[Server]:
-    """Skips the test that asks for it where there is no PostgreSQL."""
-    found = [shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
-    programs = next((Path(each).resolve().parent for each in reversed(found) if each), None)
-    if programs is None:
-        pytest.skip("PostgreSQL's programs are not installed here")
+def missing() -> str | None:
+    """Why there can be no server here; None when there can."""
+    if _programs() is None:
+        return "PostgreSQL's programs are not installed here"
     if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("psycopg is not installed here; the extra `postgresql` brings it")
-    account = _account()
+        return "psycopg is not installed here; the extra `postgresql` brings it"
+    if _account() is None:
+        return "PostgreSQL does not run as root, and there is neither `postgres` nor `nobody` here"
+    return None
+
+
+@contextmanager
+def server(durable: bool = False) -> Iterator[Server]:
+    """durable: as in earnest, where crashes are what is tested."""
+    programs, account = _programs(), _account()
+    assert programs is not None
+    assert account is not None
     with tempfile.TemporaryDirectory(prefix="foedus-pg-", dir="/tmp") as name:  # a socket's path is short
         folder = Path(name)
         if account:
@@ -97,7 +102,7 @@ def server() -> Iterator[Server]:
             cwd="/",
             **account,
         )
-        running = Server(folder, programs, account)
+        running = Server(folder, programs, account, durable)
         running.start()
         try:
             yield running
@@ -105,7 +110,14 @@ def server() -> Iterator[Server]:
             running.stop()
 
 
-def _account() -> dict[str, Any]:
+def _programs() -> Path | None:
+    """The folder of initdb and postgres, the newest; Debian keeps them out of PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    newest = found[-1] if found else shutil.which("initdb")
+    return None if newest is None else Path(newest).resolve().parent
+
+
+def _account() -> dict[str, Any] | None:
     """As whom its processes run: nobody else, unless this is root."""
     if os.getuid() != 0:
         return {}
@@ -115,4 +127,4 @@ def _account() -> dict[str, Any]:
         except KeyError:
             continue
         return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-    pytest.skip("PostgreSQL does not run as root, and there is neither `postgres` nor `nobody` here")
+    return None

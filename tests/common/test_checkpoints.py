@@ -261,7 +261,8 @@ def test_a_sheet_carries_heads_to_the_other_side(pair: tuple[Party, Party]) -> N
         coordinator.verified(site, heads)
     with pytest.raises(LocalError, match="never signed"):
         heads_in(text, coordinator.name, [site.public_key])
-    for bad in (b"", b"[]", b'{"heads": [{"owner": "@coordinator"}]}', b"[" * 100_000):
+    huge = b'{"heads": [{"owner": "@coordinator", "number": 1e300, "head": "", "signature": ""}]}'
+    for bad in (b"", b"[]", b'{"heads": [{"owner": "@coordinator"}]}', b"[" * 100_000, huge):
         with pytest.raises(LocalError, match="is no list of signed heads"):
             heads_in(bad, coordinator.name, [])
 

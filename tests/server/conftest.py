@@ -11,6 +11,8 @@ from operators import Operator
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[postgresql.Server]:
+    if reason := postgresql.missing():
+        pytest.skip(reason)
     with postgresql.server() as server:
         yield server
 

@@ -85,7 +85,14 @@ def test_a_file_that_is_no_database_of_ours_is_refused(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize(
-    "wrong", ["no url", "oracle17://host/name", "mysql://host/name", "postgresql+nodriver:///name"]
+    "wrong",
+    [
+        "no url",
+        "postgresql://host:port/name",
+        "oracle17://host/name",
+        "mysql://host/name",
+        "postgresql+nodriver:///name",
+    ],
 )
 def test_a_url_that_nothing_here_can_open_is_refused(wrong: str) -> None:
     with pytest.raises(LocalError, match="database"):

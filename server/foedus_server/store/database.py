@@ -15,13 +15,21 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, insert, inspect, select
+from sqlalchemy import Connection, Engine, func, insert, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
 from foedus_common.journal import START, Checkpoint, Entry, next_entry
-from foedus_server.store.engine import SERVICE_LOCK, DatabaseAway, explained, open_engine, said, sqlite_path
+from foedus_server.store.engine import (
+    NOTICE_A_DEAD_CLIENT,
+    SERVICE_LOCK,
+    DatabaseAway,
+    explained,
+    open_engine,
+    said,
+    sqlite_path,
+)
 from foedus_server.store.migrations import migrate
 from foedus_server.store.schema import VERSION, journal, meta, schema
 
@@ -90,6 +98,8 @@ class Database:
             raise explained(error, "be held on to") from None
         try:
             held = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT", foedus="session")
+            for statement in NOTICE_A_DEAD_CLIENT:
+                held.execute(text(statement))
             mine = held.execute(select(func.pg_try_advisory_lock(SERVICE_LOCK))).scalar_one()
         except DBAPIError as error:
             raise explained(error, "be claimed") from None

@@ -18,6 +18,12 @@ BUSY_SECONDS = 10
 CONNECT_SECONDS = 10
 WRITER_LOCK = 0x666F65647573  # "foedus": any constant that every process of ours agrees on
 SERVICE_LOCK = WRITER_LOCK + 1
+NOTICE_A_DEAD_CLIENT = (
+    "SET tcp_keepalives_idle TO 30",
+    "SET tcp_keepalives_interval TO 10",
+    "SET tcp_keepalives_count TO 3",
+)
+"""For a session that holds a lock: when its machine dies, the server lets go of it within a minute, not hours."""
 _SECRETS = ("password", "sslpassword")
 
 
@@ -30,7 +36,7 @@ def parse_url(url: str) -> URL:
     foedus.toml and on command lines, passwords in a file that PostgreSQL's own library reads."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         raise LocalError("The database's URL is malformed; write sqlite:////path or postgresql://host/name.") from None
     if parsed.password is not None or any(name in parsed.query for name in _SECRETS):
         raise LocalError(

@@ -20,7 +20,7 @@ from itertools import count, repeat
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import postgres
+import postgresql
 import rigged_coordinator
 import rigged_site
 from crashing import COORDINATOR, Case, cases, federation
@@ -73,16 +73,16 @@ def databases(kind: str) -> Iterator[Iterator[str]]:
     if kind == "sqlite":
         yield repeat("")
         return
-    with postgres.server() as server:
-        yield (postgres.create(server, f"federation{number}") for number in count())
+    with postgresql.server(durable=True) as server:
+        yield (server.database() for _ in count())
 
 
 def chosen() -> tuple[list[int], list[str]]:
     """Seeds and databases, as the environment says."""
     seeds = [int(seed) for seed in os.environ.get("SEEDS", "1 2 3 4 5").split()]
     kinds = [kind for kind in DATABASES if kind == os.environ.get("DATABASE", kind)]
-    if "postgresql" in kinds and postgres.tools() is None:
-        console.print("PostgreSQL is not installed here, so its half is left out.")
+    if "postgresql" in kinds and (reason := postgresql.missing()):
+        console.print(f"{reason}, so its half is left out.")
         kinds.remove("postgresql")
     return seeds, kinds
 
