@@ -394,8 +394,8 @@ def _require_consent_covers(run: Run, round_index: int) -> None:
     if cost > consent.epsilon_cap:
         raise PolicyRefusal(
             [
-                f"Round {round_index} would bring run {commitment.run_id} to epsilon {cost:.4g}, and it was approved "
-                f"for {consent.epsilon_cap:.4g}."
+                f"This round would bring run {commitment.run_id} to epsilon {cost:.4g}, and it was approved for "
+                f"{consent.epsilon_cap:.4g}."
             ]
         )
 

@@ -4,6 +4,7 @@ real TLS between them, and nobody starts anything anew.
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import ssl
 import threading
@@ -18,9 +19,12 @@ from foedus_client.config import SiteHome
 from foedus_client.daemon import serve
 from foedus_client.enrol import Membership, join
 from foedus_client.ledger import KEY
+from foedus_client.link import admission
 from foedus_client.store import SiteStore
-from foedus_common.certificates import DAY, fingerprint_of
+from foedus_common.certificates import DAY, fingerprint_of, pem
 from foedus_common.clock import SystemClock
+from foedus_common.errors import LocalError
+from foedus_common.link.transport import TlsIdentity
 from foedus_common.randomness import system_random
 from foedus_server import service
 from foedus_server.config import Link, Settings
@@ -133,6 +137,31 @@ def test_new_keys_are_taken_up_by_the_daemon_that_runs(world: World) -> None:
     store = SiteStore(world.home / "site.db", world.clock)
     until(lambda: store.meta(KEY) == new.public_key.hex(), 20, "the ledger's change of keys")
     store.close()
+
+
+def test_a_new_authority_is_taken_up_while_everything_runs(world: World) -> None:
+    world.clock.offset = -8 * DAY
+    old, address = world.operator.home.shown_authority(), world.service.link.address
+    world.operator.registry.authorities.rotate()
+    world.start_daemon()
+    until(lambda: Membership(world.home).tls().authority.count(b"BEGIN") == 2, 20, "the site's trusting both")
+    world.await_connection()
+    tls = Membership(world.home).tls()
+    who_missed_it = dataclasses.replace(tls, authority=pem(old.der))
+    assert is_trusted(address, who_missed_it)
+    world.clock.offset = 0.0
+    until(lambda: not is_trusted(address, who_missed_it), 20, "the new authority's being shown")
+    assert is_trusted(address, tls)
+    assert world.connected_with() == world.held()
+
+
+def is_trusted(address: str, tls: TlsIdentity) -> bool:
+    """Whether a site with these authorities believes that it speaks to the coordinator."""
+    try:
+        admission(address, tls)
+    except LocalError as error:
+        return "did not sign" not in str(error)
+    return True
 
 
 def test_a_revocation_ends_a_daemon_s_session(world: World) -> None:
