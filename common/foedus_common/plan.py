@@ -25,6 +25,9 @@ TRAINER_VERSION = "foedus-trainer/2"
 itself (device, precision, how the base is held) is no part of it: docs/decisions/0012."""
 
 MAX_PLAN_BYTES = 128 * 1024
+MAX_ROUNDS = 10_000
+MAX_COORDINATES = 1 << 30
+"""Numbers in a trained vector: 8 GiB in the trainer."""
 MAX_TEXT = 1000
 """Characters of a text that people read: a purpose, a name, a label."""
 
@@ -182,14 +185,16 @@ def _problems(plan: RunPlan) -> Iterator[str]:
         yield "needs at least one name or pattern in [adapter] targets."
     if not plan.phase:
         yield "has no [[phase]]; add at least one."
+    if plan.rounds > MAX_ROUNDS:
+        yield f"must have at most {MAX_ROUNDS} rounds over all phases."
     if not 3 <= secure.min_sites <= secure.max_sites <= 128:
         yield "must have 3 <= min_sites <= max_sites <= 128 in [secure_aggregation]; the sum of two reveals the other."
     if not 0 <= secure.colluding <= secure.min_sites - 2:
         yield "must have [secure_aggregation] colluding between 0 and min_sites - 2."
     if not 8 <= secure.field_bits <= 32:
         yield "must have [secure_aggregation] field_bits between 8 and 32."
-    if secure.retries < 0:
-        yield "must have [secure_aggregation] retries of 0 or more."
+    if not 0 <= secure.retries <= MAX_ROUNDS:
+        yield f"must have [secure_aggregation] retries between 0 and {MAX_ROUNDS}."
     if privacy.on:
         yield from _privacy_problems(privacy)
     elif privacy.epsilon is not None or privacy.delta is not None:
@@ -386,6 +391,11 @@ def parse_agreed_plan(canonical: bytes) -> AgreedPlan:
         raise LocalError("The plan does not give the trained vector's layout for each of its phases.")
     if len(agreed.noise_multipliers) != (len(agreed.plan.phase) if agreed.plan.privacy.on else 0):
         raise LocalError("The plan does not give one noise multiplier for each phase.")
+    if not 0 < agreed.run_id < 1 << 63:
+        raise LocalError("The plan's run has a number that no database holds.")
+    for number, parts in enumerate(agreed.trained):
+        if any(part.length < 1 for part in parts) or agreed.size(number) > MAX_COORDINATES:
+            raise LocalError("The plan's trained vector has a part without a length, or is too long.")
     if any(not 0 < z < 1e6 for z in agreed.noise_multipliers):
         raise LocalError("The plan has a noise multiplier that is not a positive number.")
     return agreed

@@ -636,6 +636,21 @@ def mutated(cheat: Cheat) -> str:
     return VICTIM
 
 
+@attack("an attempt with a number that no database holds", Reason.BAD_MESSAGE)
+def number_beyond_the_database(cheat: Cheat) -> str:
+    attempt = cheat.attempt(cheat.config(attempt=1 << 63))
+    cheat.send(VICTIM, STAGE_TYPES[0], attempt.requests[VICTIM])
+    return VICTIM
+
+
+@attack("a round with a number that no database holds", Reason.BAD_MESSAGE)
+def round_beyond_the_database(cheat: Cheat) -> str:
+    config = cheat.config()
+    request = wire.build_envelope(cheat.header(VICTIM, round_=(1 << 64) - 1), config)
+    cheat.send(VICTIM, STAGE_TYPES[0], request)
+    return VICTIM
+
+
 @attack("a frame with another attempt's context", Reason.CONFIG_MISMATCH)
 def another_context(cheat: Cheat) -> str:
     attempt = cheat.attempt()

@@ -49,6 +49,8 @@ def test_the_digest_is_pinned():
         (by_site() | {"phase__1__warmup": 1.0}, "warmup in [0, 1)"),
         ({"task__labels": ["Eye", "Eye"]}, "different labels"),
         ({"phase": []}, "no [[phase]]"),
+        ({"phase__0__rounds": 10**12}, "at most 10000 rounds"),
+        ({"secure_aggregation__retries": 10**12}, "retries between 0 and 10000"),
     ],
 )
 def test_a_mistake_gets_one_sentence(changes, sentence):

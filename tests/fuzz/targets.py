@@ -34,9 +34,10 @@ from foedus_common.canonical import LABEL, canonical_json
 from foedus_common.errors import FoedusError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.objects import ObjectRef
-from foedus_common.plan import parse_agreed_plan, read_plan
+from foedus_common.plan import parse_agreed_plan, read_plan, schedule
 from foedus_common.protocol import wire
 from foedus_common.tables import parse, read_toml
+from foedus_common.terms import round_terms
 from foedus_server.config import Settings
 from mutations import (
     PEM_WORDS,
@@ -262,7 +263,10 @@ def _of_plans(workshop: Workshop) -> list[Target]:
         return parse(kind, read_toml(path), str(path))
 
     def take_agreed(data: bytes) -> None:
-        assert parse_agreed_plan(data).canonical() == data
+        agreed = parse_agreed_plan(data)
+        assert agreed.canonical() == data
+        first = schedule(agreed.plan)[0]
+        wire.terms_bytes(round_terms(agreed, first, ObjectRef(agreed.first_adapter_sha256, 1)))
 
     toml = [lines(*TOML_WORDS)]
     return [

@@ -87,9 +87,6 @@ class JournalHead:
     head: bytes
     signature: bytes
 
-    def __post_init__(self) -> None:
-        _require_storable(self.number)
-
 
 @dataclass(frozen=True)
 class SeenHead:
@@ -99,9 +96,6 @@ class SeenHead:
     head: bytes
     signature: bytes
     countersignature: bytes
-
-    def __post_init__(self) -> None:
-        _require_storable(self.number)
 
 
 MAX_SEEN = 4
@@ -320,11 +314,6 @@ class Unmask:
 ToSite = Propose | RunEnded | JournalHeads | Invite | RoundConfig | PeerKeys | PeerShares | Survivors | Agreement
 FromSite = Ready | Declined | JournalHeads | Advertise | ShareKeys | MaskedInput | Consistency | Unmask
 Message = ToSite | FromSite
-
-
-def _require_storable(number: int) -> None:
-    if number >= 1 << 63:
-        raise LocalError("a journal's entries are numbered below 2^63")
 
 
 def _require_ascending(names: Sequence[str], what: str) -> None:

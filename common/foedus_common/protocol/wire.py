@@ -105,8 +105,8 @@ def _text(pattern: str) -> Codec[str]:
 
 
 def _read_integer(data: bytes) -> int:
-    if len(data) != 8:
-        raise _bad("an integer has 8 bytes")
+    if len(data) != 8 or data[0] & 0x80:
+        raise _bad("an integer has 8 bytes and is below 2^63, which is what a database holds")
     return int.from_bytes(data, "big")
 
 

@@ -18,7 +18,7 @@ from foedus_common.protocol import wire
 from foedus_common.protocol.encoding import FieldLayout
 
 SIGN = Ed25519PrivateKey.from_private_bytes(bytes(32)).sign
-NUMBERS = st.integers(0, 2**64 - 1)
+NUMBERS = st.integers(0, 2**63 - 1)
 SITES = st.from_regex(r"[a-z0-9-]{1,40}", fullmatch=True)
 COHORTS = st.lists(SITES, max_size=5, unique=True).map(lambda sites: tuple(sorted(sites)))
 LABELS = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=100)
