@@ -27,21 +27,22 @@ COLLUDING = 1
 class Stopwatch:
     """Seconds of every pass through `running()`, without those spent inside `paused()`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.laps: list[float] = []
+        self._clock = clock
         self._paused = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        paused, start = self._paused, time.perf_counter()
+        paused, start = self._paused, self._clock()
         yield
-        self.laps.append(time.perf_counter() - start - (self._paused - paused))
+        self.laps.append(self._clock() - start - (self._paused - paused))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._clock()
         yield
-        self._paused += time.perf_counter() - start
+        self._paused += self._clock() - start
 
 
 def undisturbed(runs: Sequence[Stopwatch]) -> float:
@@ -76,6 +77,7 @@ class Cohort:
         drops: int = 0,
         bits: int = 21,
         vectors_of: Callable[[Stopwatch], VectorStore] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """vectors_of: where a party with this watch keeps vectors; by default a memory that all share."""
         objects: dict[m.VectorRef, bytes] = {}
@@ -87,7 +89,7 @@ class Cohort:
         self.layout = FieldLayout(bits, max(16, len(updates)), ((len(updates[0]), CLIP),))
         self.config = self._config()
         self.silent = frozenset(self.names[len(updates) - drops :])
-        self.watches = {site: Stopwatch() for site in self.names}
+        self.watches = {site: Stopwatch(clock) for site in self.names}
         self._sessions, self._states = {}, {}
         for site, update in zip(self.names, updates, strict=True):
             vectors = self._vectors_of(self.watches[site])
@@ -138,9 +140,9 @@ class Played:
     sent: tuple[bytes, ...]
 
 
-def play(updates: np.ndarray, drops: int = 0) -> Played:
+def play(updates: np.ndarray, drops: int = 0, clock: Callable[[], float] = time.perf_counter) -> Played:
     """A round of (sites, d) updates in this process. What opens is compared with their sum."""
-    cohort, watch, sent = Cohort(updates, drops), Stopwatch(), []
+    cohort, watch, sent = Cohort(updates, drops, clock=clock), Stopwatch(clock), []
     session = cohort.coordinator(watch)
     with watch.running():
         state, effects = session.begin()
