@@ -15,6 +15,7 @@ class ConnectProxy:
         self._open: list[socket.socket] = [self._listening]
         self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
         self.asked: list[tuple[str, str]] = []
+        self.refuses = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -38,8 +39,8 @@ class ConnectProxy:
             method, target, _ = request.split()
             headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
             self.asked.append((target, headers.get("proxy-authorization", "")))
-            if method != "CONNECT":
-                client.sendall(b"HTTP/1.1 405 Method Not Allowed\r\n\r\n")
+            if method != "CONNECT" or self.refuses:
+                client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
                 return client.close()
             host, _, port = target.rpartition(":")
             server = socket.create_connection((host, int(port)))

@@ -67,9 +67,9 @@ def choose_home(
 def join(
     context: typer.Context,
     token: Annotated[str, typer.Argument(help="The operator's token; - reads it from standard input.")],
-    proxy: Annotated[str, typer.Option(help="http://host:port, for a new home's site.toml; else https_proxy.")] = "",
+    proxy: Annotated[str, typer.Option(help="http://host:port, for the home's site.toml; else https_proxy.")] = "",
     authorities: Annotated[
-        str, typer.Option(help="PEM file of others that may vouch for the coordinator, for a new home's site.toml.")
+        str, typer.Option(help="PEM file of others that may vouch for the coordinator, for the home's site.toml.")
     ] = "",
     as_json: Json = False,
 ) -> None:
@@ -77,7 +77,7 @@ def join(
     from foedus_client import link  # gRPC and Flower take a second to import
 
     invitation = decode_token(sys.stdin.readline().strip() if token == "-" else token)
-    home = config.SiteHome.create(context.obj, config.SiteSettings(proxy=proxy, authorities=authorities))
+    home = _home_to_join(context.obj, proxy, authorities)
     trusted = home.trusting(TlsIdentity(b"", b"", invitation.authority_pem)).authority
     shown = threading.Event()
 
@@ -96,6 +96,22 @@ def join(
         return print_json({"site": membership.name, "org": invitation.org, "home": str(home.path)})
     console.print(f"This machine is the site {membership.name} of {invitation.org}. Its home is {home.path}.")
     console.print("Next: foedus-site model add FOLDER, foedus-site data add NAME FILE, foedus-site run")
+
+
+def _home_to_join(path: Path, proxy: str, authorities: str) -> config.SiteHome:
+    """The home, made with these settings if there is none. Raises LocalError where it has others already."""
+    if "@" in proxy:
+        raise LocalError(
+            "A password would stand in the list of processes; put this proxy into https_proxy or site.toml."
+        )
+    named = str(Path(authorities).absolute()) if authorities else ""
+    home = config.SiteHome.create(path, config.SiteSettings(proxy=proxy, authorities=named))
+    if (proxy or home.settings.proxy, named or home.settings.authorities) != (
+        home.settings.proxy,
+        home.settings.authorities,
+    ):
+        raise LocalError(f"{path} has settings already; change proxy and authorities in its site.toml.")
+    return home
 
 
 def _show_waiting(public_key: bytes, root_public_key: bytes, as_json: bool) -> None:

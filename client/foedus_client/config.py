@@ -48,7 +48,7 @@ class SiteSettings:
 
     coordinator: str = ""
     enrolment: str = ""
-    proxy: str = ""
+    proxy: str = field(default="", repr=False)  # it may hold a password
     authorities: str = ""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

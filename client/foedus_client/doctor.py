@@ -63,6 +63,7 @@ def findings(path: Path, state: Path, clock: Clock, admission: Admission) -> Ite
         return
     store = home.store(clock, state, mark_name(member.name, member.token.root_public_key))
     yield examine("ledger", lambda: _ledger(store, member, clock))
+    yield examine("approvals", lambda: _approvals(store, member, clock))
     for dataset in store.datasets():
         yield examine(f"data {dataset.name}", partial(_dataset, dataset))
     for model in store.models():
@@ -188,6 +189,18 @@ def _database(home: SiteHome, clock: Clock) -> str:
 def _ledger(store: SiteStore, member: Membership, clock: Clock) -> str:
     end = Ledger(store, clock, member.key.sign).verify(member.public_key)
     return f"Its {end.number} entries are where and what they were."
+
+
+def _approvals(store: SiteStore, member: Membership, clock: Clock) -> str:
+    ledger, ended = Ledger(store, clock, member.key.sign), []
+    approved = [plan.run_id for plan in store.plans() if plan.state == "approved"]
+    for run_id in approved:
+        consent = ledger.run(run_id).consent
+        if consent is None or not consent.holds(clock.now()):
+            ended.append(str(run_id))
+    if ended:
+        raise Note(f"Approvals have ended, of run {', '.join(ended)}; `foedus-site approve` renews one.")
+    return f"{len(approved)} plans are approved now."
 
 
 def _dataset(dataset: Dataset) -> str:

@@ -382,6 +382,7 @@ _SAID_BY_COORDINATOR = {
 
 _HUNG_UP = "hung up: it is stopping, or its authority did not sign this site's certificate"
 _SAID_BY_GRPC = [
+    ("HTTP proxy returned response code", LinkState.AWAY, "cannot be reached: the proxy refuses to connect to it"),
     ("CERTIFICATE_VERIFY_FAILED", LinkState.REFUSED, "shows a certificate that this site's authority did not sign"),
     ("Hostname Verification Check failed", LinkState.REFUSED, "shows a certificate for another name or address"),
     ("Connection refused", LinkState.AWAY, "is down: nothing listens there"),

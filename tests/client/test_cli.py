@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from foedus_client import cli
-from foedus_client.config import SiteHome
+from foedus_client.config import SiteHome, SiteSettings
 from foedus_client.enrol import Membership, join
 from foedus_client.ledger import Ledger
 from foedus_client.store import SiteStore
@@ -332,6 +333,26 @@ def test_a_backup_is_restored_into_a_new_home_only(site: Site, tmp_path: Path) -
     site("backup", str(tmp_path / "copy"))
     assert "is not overwritten" in site("backup", str(tmp_path / "copy")).err
     assert "into a new home only" in site("restore", str(tmp_path / "copy")).err
+
+
+# --- Through a proxy ---
+
+
+def test_a_proxy_is_kept_for_a_new_home_and_its_password_is_not_typed(site: Site, tmp_path: Path) -> None:
+    """No coordinator is there: what counts is what the home says afterwards."""
+    token = site.operator.registry.invite("east", "East").encode()
+    east = Site(cli.main, tmp_path / "east", site._monkeypatch, site._capsys)
+    assert "list of processes" in east("join", token, "--proxy", "http://ada:secret@proxy:3128").err
+    assert not east.home.exists()
+    bundle = tmp_path / "company.pem"
+    bundle.write_bytes(site.operator.registry.authorities.shown.certificate.public_bytes(Encoding.PEM))
+    named = ("--proxy", "http://127.0.0.1:9", "--authorities", str(bundle))
+    for _ in range(2):  # a join that was cut is run again
+        assert "through the proxy 127.0.0.1:9, is down" in east("join", token, *named).err
+    settings = SiteHome.open(east.home).settings
+    assert (settings.proxy, settings.authorities) == ("http://127.0.0.1:9", str(bundle))
+    assert "secret" not in repr(SiteSettings(proxy="http://ada:secret@proxy:3128"))
+    assert "has settings already" in east("join", token, "--proxy", "http://127.0.0.1:10").err
 
 
 # --- Signals ---

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from foedus_client import doctor
+from foedus_client.accounts import Budget
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
 from foedus_client.high_water import HighWater, Mark, mark_name
+from foedus_client.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common.certificates import DAY
 from foedus_common.checks import Finding
@@ -22,6 +24,7 @@ from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
 from known_sites import join_site
 from operators import Operator
+from plans import agreed_plan
 from tiny_model import model_folder, rows
 
 
@@ -76,7 +79,7 @@ def test_nothing_is_amiss_at_a_site_that_works(site: Site) -> None:
     assert {check: each.state for check, each in found.items() if each.state != "ok"} == {"daemon": "note"}
     assert set(found) == {
         *("settings", "files", "disk", "device", "membership", "certificate", "roster", "network", "coordinator"),
-        *("database", "ledger", "data coding-terms", "model tiny", "daemon"),
+        *("database", "ledger", "approvals", "data coding-terms", "model tiny", "daemon"),
     }
     assert "12 rows" in found["data coding-terms"].sentence
 
@@ -226,3 +229,18 @@ def test_data_and_models_that_changed_or_are_gone(site: Site) -> None:
     assert "is not what was added" in amiss["model tiny"]
     (site.home / "rows.csv").unlink()
     assert "No such file" in site.amiss()["data coding-terms"]
+
+
+def test_an_approval_that_has_ended(site: Site) -> None:
+    agreed, budget = agreed_plan(), Budget(20.0, 1e-5)
+    member = Membership(site.home)
+    with closing(site.store()) as store:
+        ledger = Ledger(store, site.clock, member.key.sign)
+        store.put_plan(agreed.digest(), agreed.run_id, agreed.canonical(), b"s" * 64)
+        ledger.reserve_run(agreed, budget)
+        ledger.approve(agreed, "ada", budget.delta, None, expires_at=site.clock.now() + 60)
+        store.decide_plan(agreed.digest(), "approved", "ada")
+    assert site.findings()["approvals"].sentence == "1 plans are approved now."
+    site.clock.advance(61)
+    found = site.findings()["approvals"]
+    assert (found.state, f"of run {agreed.run_id}; `foedus-site approve` renews" in found.sentence) == ("note", True)

@@ -50,6 +50,13 @@ def test_a_proxy_that_is_down_is_named(federation: Federation, proxy: ConnectPro
         admission(federation.address, federation.tls_of("alpha"), f"http://{proxy.address}")
 
 
+def test_a_proxy_that_refuses_is_named(federation: Federation, proxy: ConnectProxy) -> None:
+    federation.coordinator()
+    proxy.refuses = True
+    with pytest.raises(LocalError, match=f"through the proxy {proxy.address}, cannot be reached: the proxy refuses"):
+        admission(federation.address, federation.tls_of("alpha"), f"http://{proxy.address}")
+
+
 def test_an_address_that_no_proxy_names_is_reached_directly(
     federation: Federation, proxy: ConnectProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
