@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foedus_client.daemon import Daemon
 from foedus_client.data import survey
 from foedus_client.enrol import Membership, join
 from foedus_client.ledger import Ledger
@@ -23,7 +24,7 @@ from foedus_common.identity import SignedPlan
 from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.privacy.accounting import calibrate
-from foedus_common.randomness import RandomBytes
+from foedus_common.randomness import RandomBytes, system_random
 from foedus_common.terms import field_layout
 from foedus_server.config import Home
 from foedus_server.store import Run, Store
@@ -102,6 +103,13 @@ class KnownTrainer:
 
     def stop(self) -> None:
         """Nothing runs."""
+
+
+class KnownDaemon(Daemon):
+    """A site as in production but for its trainer."""
+
+    def _open_trainer(self, agreed: AgreedPlan) -> Any:
+        return KnownTrainer(self._home.path, agreed, system_random)
 
 
 def _known(home: Path, run_id: int, index: int) -> Path:

@@ -41,7 +41,7 @@ from foedus_server.link import LinkServer, SiteGrid
 from foedus_server.registry import ApprovedSites
 from foedus_server.rounds import STAGE_TYPES
 from foedus_simulations.parties import free_ports, until
-from known_sites import FIRST, SPEC, KnownTrainer, join_site, plan_of, submit
+from known_sites import FIRST, SPEC, KnownDaemon, join_site, plan_of, submit
 from opening import Exchange, Opened, open_transcript
 from operators import Operator
 from tiny_model import rows
@@ -55,13 +55,6 @@ MOLES = (MOLE, "mole-2", "mole-3", "mole-4")
 """All of one organisation."""
 COHORT = (*HONEST, MOLE)
 """n = 5 and c = 1: t = 4 and m_min = 3."""
-
-
-class KnownDaemon(Daemon):
-    """A site as in production, with made-up updates that are kept."""
-
-    def _open_trainer(self, agreed: AgreedPlan) -> Any:
-        return KnownTrainer(self._home.path, agreed, os.urandom)
 
 
 class Refusals(logging.Handler):

@@ -22,7 +22,6 @@ import numpy as np
 from google.protobuf.message import Message as Frame
 from numpy.typing import NDArray
 
-from cheating import CLOCK, KnownDaemon
 from foedus_client import daemon as daemon_module
 from foedus_client.config import SiteHome, SiteSettings
 from foedus_client.daemon import Daemon
@@ -38,9 +37,10 @@ from foedus_server.commands import Operator as Acting
 from foedus_server.config import Link, Settings
 from foedus_server.service import Service
 from foedus_simulations.parties import free_ports, until
-from known_sites import join_site
+from known_sites import KnownDaemon, join_site
 from operators import Operator
 from plans import plan_toml
+from processes import CLOCK
 from tiny_model import LABELS, write_tiny_model
 
 SMALL, LARGE, THIRD = "north", "south", "third"

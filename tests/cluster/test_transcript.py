@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cheating import CLOCK
 from foedus_client.store import SiteStore
 from foedus_common.identity import SignedPlan
 from foedus_common.link import foedus_pb2 as pb
@@ -24,6 +23,7 @@ from foedus_common.plan import schedule
 from foedus_common.protocol import wire
 from foedus_common.terms import field_layout
 from needles import Needles, spellings
+from processes import CLOCK
 from transcript import LARGE, ROWS, SMALL, Recording, Sent, account, log_everything
 
 RANDOM = np.random.default_rng(5)
