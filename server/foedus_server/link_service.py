@@ -24,6 +24,7 @@ from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK, CLOCK_KEY, MAX_BODY, PROTOCOL_VERSION, SITE_URI, Timing
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_server.mailbox import Mailbox, RunFiles
+from foedus_server.store import DatabaseAway
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ async def _refusals(context: Context) -> AsyncIterator[None]:
         await context.abort(error.code, str(error))
     except RemoteError as error:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except DatabaseAway:  # its sentence names what is nobody else's business
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "The coordinator cannot answer now, and will soon.")
     except LocalError as error:
         await context.abort(grpc.StatusCode.ABORTED, str(error))
     except TimeoutError:

@@ -86,6 +86,7 @@ def said(error: DBAPIError) -> str:
 _POSTGRESQL = {
     "connect_timeout": CONNECT_SECONDS,
     "application_name": "foedus",
+    "tcp_user_timeout": CONNECT_SECONDS * 1000,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
