@@ -12,7 +12,7 @@ from foedus_common.checkpoints import Head, Verified, sheet
 from foedus_common.clock import iso
 from foedus_common.journal import Checkpoint, Entry
 from foedus_common.private_files import create_private
-from foedus_common.terminal import console, print_facts, print_json, print_table
+from foedus_common.terminal import print_facts, print_json, print_line, print_table
 
 Against = Annotated[
     Path | None, typer.Option("--against", help="Compare also with what `audit export` wrote on the other side.")
@@ -56,7 +56,7 @@ def write_sheet(file: Path, party: str, heads: Sequence[Head], there: str, as_js
     create_private(file, sheet(party, heads))
     if as_json:
         return print_json({"file": str(file.absolute()), "heads": len(heads)})
-    console.print(f"{file} holds {len(heads)} signed heads. There: {there} audit verify --against {file.name}")
+    print_line(f"{file} holds {len(heads)} signed heads. There: {there} audit verify --against {file.name}")
 
 
 def confirm_loss(yes: bool) -> None:
@@ -67,4 +67,4 @@ def confirm_loss(yes: bool) -> None:
 def show_losses(lost: Sequence[Checkpoint], as_json: bool) -> None:
     if as_json:
         return print_json({"lost": [mark.number for mark in lost]})
-    console.print(f"{len(lost)} heads are entered as lost. The journal goes on from here.")
+    print_line(f"{len(lost)} heads are entered as lost. The journal goes on from here.")

@@ -74,7 +74,9 @@ def write_backup(
     return backup
 
 
-def restore_backup(file: Path, home: Path, kind: str, finish: Callable[[Path], None] = lambda draft: None) -> Backup:
+def restore_backup(
+    file: Path, home: Path, kind: str, finish: Callable[[Path, Backup], None] = lambda draft, backup: None
+) -> Backup:
     """Makes a home of a backup. finish: told the folder that becomes the home once this returns. Raises LocalError,
     having made nothing, when the file is not a whole backup of that kind, or something is at `home` already."""
     if home.exists() and not (home.is_dir() and not any(home.iterdir())):
@@ -83,7 +85,7 @@ def restore_backup(file: Path, home: Path, kind: str, finish: Callable[[Path], N
     draft = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}-"))  # mode 0700
     try:
         backup = _unpack(file, draft, kind)
-        finish(draft)
+        finish(draft, backup)
         draft.rename(home)
         make_rename_durable(home)
     except (OSError, tarfile.TarError) as error:

@@ -10,6 +10,7 @@ import getpass
 import os
 import signal
 import threading
+from contextlib import closing
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,7 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from foedus_common import terminal
-from foedus_common.backup import restore_backup, write_backup
+from foedus_common.backup import Backup, restore_backup, write_backup
 from foedus_common.checks import show
 from foedus_common.clock import SystemClock, iso
 from foedus_common.core_dumps import forbid_core_dumps
@@ -200,11 +201,11 @@ def restore(
 ) -> None:
     """Make a new home of a backup. Rounds since then are lost; what they cost the sites is not given back."""
 
-    def finish(draft: Path) -> None:
-        config.put_database_back(draft, database, CLOCK)
+    def finish(draft: Path, made: Backup) -> None:
+        with closing(config.put_database_back(draft, database, CLOCK)) as store:
+            store.journal.log("home.restored", made_at=iso(made.made_at), by=getpass.getuser())
 
     restored = restore_backup(file, context.obj, "coordinator", finish)
-    operator(context).store.journal.log("home.restored", made_at=iso(restored.made_at), by=getpass.getuser())
     if as_json:
         return print_json({"home": str(context.obj), **dataclasses.asdict(restored)})
     console.print(f"{context.obj} is as it was on {iso(restored.made_at)}. Next: foedus doctor, then foedus up")

@@ -276,21 +276,24 @@ def init(
     return Home(path, settings)
 
 
-def put_database_back(draft: Path, database: str | None, clock: Clock) -> None:
+def put_database_back(draft: Path, database: str | None, clock: Clock) -> Store:
     """Bring the database of a restored home to where it belongs: out of the file that was in the backup, into the one
     that foedus.toml names, or `database` (None: as it was; a URL, "" for the file), which foedus.toml then names.
 
     Raises LocalError when that is not to be had, or holds a coordinator already.
     """
-    settings = parse(Settings, read_toml(draft / SETTINGS), str(draft / SETTINGS))
-    if database is not None and database != settings.database:
-        settings = dataclasses.replace(settings, database=database)
-        replace_private(draft / SETTINGS, settings.to_toml().encode())
-    if settings.database:
-        file = draft / DATABASE
-        with closing(Store.open(f"sqlite:///{file}", clock)) as restored:
-            restored.database.copy_into(settings.database)
-        file.unlink()
+    file, settings = draft / DATABASE, draft / SETTINGS
+    before = str(read_toml(settings).get("database", ""))
+    url = before if database is None else database
+    if url != before:
+        kept = parse(Settings, read_toml(settings), str(settings))
+        replace_private(settings, dataclasses.replace(kept, database=url).to_toml().encode())
+    if not url:
+        return Store.open(f"sqlite:///{file}", clock)
+    with closing(Store.open(f"sqlite:///{file}", clock)) as restored:
+        restored.database.copy_into(url)
+    file.unlink()
+    return Store.open(url, clock)
 
 
 def create_root_key(path: Path, random: RandomBytes) -> bytes:

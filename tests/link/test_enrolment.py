@@ -14,6 +14,7 @@ from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.transport import MAX_ENROL_BODY
 from foedus_server.link_service import RateLimit
+from foedus_server.store import DatabaseAway
 from loopback import Authority, Federation
 
 
@@ -62,6 +63,17 @@ def test_a_fault_of_the_coordinator_tells_a_stranger_nothing(federation: Federat
     ):
         pb_grpc.EnrolmentStub(channel).Enrol(pb.EnrolRequest())
     assert "hunter2" not in str(told.value)
+
+
+def test_a_database_that_is_away_is_none_of_a_stranger_s_business(federation: Federation) -> None:
+    def fail(body: bytes) -> bytes:
+        raise DatabaseAway("The database could not be read: connection to server at 10.0.0.7 failed.")
+
+    federation.enrol = fail
+    federation.coordinator()
+    with pytest.raises(LocalError, match="cannot be reached") as told:
+        enrol(federation.enrol_address, federation.authority.certificate, b"")
+    assert "10.0.0.7" not in str(told.value)
 
 
 def test_a_false_coordinator_and_an_absent_one_are_told_apart(federation: Federation) -> None:
