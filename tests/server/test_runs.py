@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from foedus_common.journal import BrokenChain
 from foedus_common.link.contents import context_of
 from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan
+from foedus_common.privacy import accounting
 from foedus_common.protocol.effects import Answered, AttemptSeen, VectorMasked
 from foedus_common.protocol.messages import AttemptId
 from foedus_common.protocol.wire import COORDINATOR
@@ -588,9 +590,7 @@ def test_a_resumed_run_goes_on_with_the_sites_that_agree_once_more(consortium: M
     assert four.conduct() == "stopped"
     before = four.charges("west")
     west = four.sites["west"]
-    west["policy"] = SitePolicy(
-        max_epsilon_per_day=40.0, max_epsilon_lifetime=40.0
-    )  # from now on with a person's approval
+    west["policy"] = replace(west["policy"], require_approval=True)  # from now on with a person's approval
     four.start_site("west")
 
     def decide() -> None:
@@ -652,6 +652,32 @@ def test_a_site_that_withdraws_is_left_out_from_the_next_round_on(consortium: Ma
     run = four.sites["west"]["ledger"].run(7)
     assert (run.open, run.spent) == (False, (1,))
     assert four.sites["west"]["store"].plan_of_run(7).state == "withdrawn"
+
+
+@pytest.mark.parametrize("reason", ["its approval ended", "its approval's cap is reached", "its day has spent enough"])
+def test_a_site_declines_the_rounds_that_it_may_not_train_and_the_run_goes_on(consortium: Make, reason: str) -> None:
+    """The coordinator is told the same bare word, whatever the reason."""
+    four = consortium()
+    agreed, west = four.submit(plan_of(rounds=3)), four.sites["west"]
+    a_round = accounting.epsilon([accounting.event_of_phase(agreed, 0)], west["policy"].delta)
+    if reason == "its day has spent enough":
+        west["policy"] = replace(west["policy"], max_epsilon_per_day=a_round)
+        four.start_site("west")
+
+    def fault(site: str, message: Message) -> None:
+        if (site, message.metadata.message_type) != ("west", "train.invite"):
+            return
+        if reason == "its approval's cap is reached":
+            approval(four, "west").approve(agreed.digest(), by="ada", epsilon_cap=a_round)
+        if reason == "its approval ended" and four.run.rounds_done == 1:
+            approval(four, "west").approve(agreed.digest(), by="ada", expires_at=four.clock.now() - 1)
+
+    four.grid.fault = fault
+    assert four.conduct() == "finished"
+    assert [len(sites) for sites in four.survivors] == [4, 3, 3]
+    assert four.charges("west") == [(0, "committed")]
+    assert not [attempt for attempt in four.attempts if attempt[2] != "committed"]
+    four.assert_sums_are_exact()
 
 
 def test_a_site_that_withdraws_after_training_masks_nothing(consortium: Make) -> None:
