@@ -31,7 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-NO_CLAIM := $(addprefix benchmarks/,costs.py plots.py report.py rounds.py sites.py summary.py)
+NO_CLAIM := $(addprefix benchmarks/,costs.py plots.py report.py resident.py rounds.py sites.py summary.py)
 
 # Every claim is a ratio or a limit measured in one run; results go to benchmarks/results.
 bench: $(READY)

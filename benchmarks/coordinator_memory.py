@@ -1,7 +1,7 @@
 """The coordinator's memory in a round of 3, 10 and 30 sites: vectors wait on disk and are added as they arrive.
 
 `python benchmarks/coordinator_memory.py`: d = 4M coordinates. The coordinator is a process of its own, asked for its
-peak (VmHWM, proc(5)) over what it was before the round; sites work in this one.
+peak over what it was before the round; sites work in this one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSess
 from foedus_common.protocol.effects import Send
 from foedus_common.protocol.thresholds import Roster
 from report import report
+from resident import begin_anew, memory
 from rounds import Cohort
 
 DIMENSION = 4_000_000
@@ -40,17 +41,10 @@ class Folder:
         return np.fromfile(self._path / ref.digest.hex(), dtype=np.uint64)
 
 
-def memory(field: str) -> float:
-    """Megabytes of this process: `VmRSS` now, `VmHWM` at its peak."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024 / 1e6
-
-
 def coordinator(pipe: Connection, config: m.RoundConfig, roster: Roster, folder: Path) -> None:
     """The child: takes events, gives the next requests; in the end its growth."""
     session = CoordinatorSession(config, roster, Folder(folder))
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
+    before = begin_anew()
     state, effects = session.begin()
     while isinstance(state, Awaiting):
         pipe.send((state.sequence, tuple(effect for effect in effects if isinstance(effect, Send))))

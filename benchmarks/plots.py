@@ -46,12 +46,11 @@ def log_plot(alt: str, x_unit: str, y_unit: str, panels: Sequence[tuple[str, Seq
             body.append(f'<text class="dim" x="{at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{label}</text>')
         middle = (LEFT + WIDTH - NAMES) / 2
         body.append(f'<text class="dim" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_unit)}</text>')
-        for order, line in enumerate(lines):
+        places = _apart([y(line.points[-1][1]) for line in lines])
+        for order, (line, place) in enumerate(zip(lines, places, strict=True)):
             path = " ".join(f"{x(a)},{y(b)}" for a, b in line.points)
             body.append(f'<polyline class="line c{order % COLOURS}" points="{path}"/>')
-            end_x, end_y = line.points[-1]
-            name = f'<text class="name c{order % COLOURS}" x="{x(end_x) + 6}" y="{y(end_y) + 4}">'
-            body.append(f"{name}{escape(line.name)}</text>")
+            body.append(f'<text x="{x(line.points[-1][0]) + 6}" y="{place + 4}">{escape(line.name)}</text>')
         body.append("</g>")
     inside = "\n  ".join(body)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(panels) * WIDTH} {HEIGHT}" role="img"
@@ -76,3 +75,11 @@ def log_plot(alt: str, x_unit: str, y_unit: str, panels: Sequence[tuple[str, Seq
 
 def _decades(values: Sequence[float]) -> tuple[int, int]:
     return math.floor(math.log10(min(values)) + 1e-9), math.ceil(math.log10(max(values)) - 1e-9)
+
+
+def _apart(places: Sequence[float], least: float = 14) -> list[float]:
+    """The same heights, moved up as far as it takes to be apart; they come from the lowest on the page up."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(round(min(place, moved[-1] - least), 1) if moved else place)
+    return moved

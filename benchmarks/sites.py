@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from flwr.clientapp import ClientApp
 
 from foedus_client.link import SiteLink
+from foedus_common.link.contents import context_of
 from foedus_common.link.transport import TlsIdentity
 from foedus_common.objects import ObjectStore
 from foedus_server.link import LinkServer
-from loopback import Federation, body, context_for, reply_with
+from loopback import Federation, body, reply_with
 
 __all__ = ["body", "connected_sites", "reply_with"]
 
@@ -57,6 +58,6 @@ def connected_sites(names: list[str], make_app: MakeApp) -> Iterator[tuple[Feder
 def _site(name: str, address: str, tls: TlsIdentity, folder: Path, make_app: MakeApp, over: Event) -> None:
     objects = ObjectStore(folder)
     link = SiteLink(site=name, address=address, tls=tls, objects=objects)
-    link.start(make_app(link, objects), context_for)
+    link.start(make_app(link, objects), context_of)
     over.wait()
     link.stop()
