@@ -74,6 +74,12 @@ class HeadBook(Protocol):
     def heads(self, owner: str) -> list[Head]:
         """Every head of that party's journal that is kept here, by number."""
 
+    def newest_heads(self, owner: str, count: int) -> list[Head]:
+        """The last `count` of them, by number."""
+
+    def heads_at(self, owner: str, number: int) -> list[Head]:
+        """Those of that number: more than one only where the owner contradicts itself."""
+
     def countersignatures(self) -> list[Countersignature]:
         """What others signed of our journal, by number."""
 
@@ -107,7 +113,7 @@ class Notary:
     def show(self, peer: str, own: Head, shown: JournalHead | None = None) -> JournalHeads:
         """Our head for `peer`, as `sign_end` gave it; and countersigned, the newest that we hold of its journal and the
         one that it has just `shown`."""
-        held = {head.checkpoint: head.signature for head in self.book.heads(peer)[1 - MAX_SEEN :]}
+        held = {head.checkpoint: head.signature for head in self.book.newest_heads(peer, MAX_SEEN - 1)}
         if shown is not None:
             held[Checkpoint(shown.number, shown.head)] = shown.signature
         seen = [
@@ -135,15 +141,17 @@ class Notary:
 
     def _require_ours(self, seen: SeenHead) -> None:
         """Raises RemoteError unless we signed that head, with this key or an earlier one."""
-        keys = {self.public_key} | {head.public_key for head in self.book.heads(self.name)}
-        heads = [Head(self.name, seen.number, seen.head, seen.signature, key) for key in keys]
-        if not any(_holds(head.verify) for head in heads):
+        head = Head(self.name, seen.number, seen.head, seen.signature, self.public_key)
+        if _holds(head.verify):
+            return
+        earlier = {kept.public_key for kept in self.book.heads(self.name)}
+        if not any(_holds(replace(head, public_key=key).verify) for key in earlier):
             raise RemoteError(Reason.BAD_SIGNATURE, f"the head {seen.number} of {self.name} was never signed here.")
 
     def _contradicted(self, theirs: Head) -> list[str]:
         """Two signed heads of one number are two journals. A smaller number proves nothing: messages of different runs
         overtake each other."""
-        held = {head.head for head in self.book.heads(theirs.owner) if head.number == theirs.number}
+        held = {head.head for head in self.book.heads_at(theirs.owner, theirs.number)}
         if not held or theirs.head in held:
             return []
         heads = [head.hex() for head in (*sorted(held), theirs.head)]
@@ -155,8 +163,8 @@ class Notary:
 
     def _behind(self, witnessed: Iterable[Countersignature]) -> list[str]:
         """What others saw of our journal and we do not have: this is an older copy, or a rewritten one."""
-        known = {mark.checkpoint for mark in self.book.countersignatures()}
         lost = [mark for mark in witnessed if self.book.journal_head(mark.number) != mark.head]
+        known = {mark.checkpoint for mark in self.book.countersignatures()} if lost else set()
         new = [mark for mark in lost if mark.checkpoint not in known]
         for mark in new:
             self.book.log("journal.behind", witness=mark.witness, number=mark.number, head=mark.head.hex())

@@ -320,6 +320,13 @@ def test_a_policy_that_was_edited_is_entered_when_the_site_next_looks(site: Site
     assert [change["min_sites"] for change in changes] == [3, 4]
 
 
+def test_the_journal_can_be_read_and_verified_after_the_site_has_left(site: Site) -> None:
+    site("leave", "--yes")
+    assert site("audit", "show", "--last", "1", "--json").json[0]["event"] == "site.left"
+    assert site("audit", "verify", "--json").json["entries of the ledger"] == 1
+    assert "joined no federation" in site("audit", "export", "heads.json").err
+
+
 def test_an_altered_ledger_ends_an_audit_with_1(site: Site) -> None:
     site("status")
     with sqlite3.connect(site.home / "site.db") as db:

@@ -43,6 +43,12 @@ class Book:
     def heads(self, owner: str) -> list[Head]:
         return sorted((head for head in self.kept.values() if head.owner == owner), key=lambda head: head.number)
 
+    def newest_heads(self, owner: str, count: int) -> list[Head]:
+        return self.heads(owner)[-count:]
+
+    def heads_at(self, owner: str, number: int) -> list[Head]:
+        return [head for head in self.heads(owner) if head.number == number]
+
     def countersignatures(self) -> list[Countersignature]:
         return sorted(self.marks.values(), key=lambda mark: mark.number)
 

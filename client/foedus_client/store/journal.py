@@ -44,6 +44,14 @@ class Journal(Database):
         rows = self._all("SELECT * FROM heads WHERE ?1 IS NULL OR owner = ?1 ORDER BY number, rowid", owner)
         return [Head(**dict(row)) for row in rows]
 
+    def newest_heads(self, owner: str, count: int) -> list[Head]:
+        rows = self._all("SELECT * FROM heads WHERE owner = ? ORDER BY number DESC, rowid DESC LIMIT ?", owner, count)
+        return [Head(**dict(row)) for row in reversed(rows)]
+
+    def heads_at(self, owner: str, number: int) -> list[Head]:
+        rows = self._all("SELECT * FROM heads WHERE owner = ? AND number = ?", owner, number)
+        return [Head(**dict(row)) for row in rows]
+
     def countersignatures(self) -> list[Countersignature]:
         rows = self._all("SELECT * FROM countersignatures ORDER BY number, rowid")
         return [Countersignature(**dict(row)) for row in rows]

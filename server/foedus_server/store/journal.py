@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Table, insert, select
+from sqlalchemy import Connection, Select, Table, insert, select
 
 from foedus_common.checkpoints import Countersignature, Head
 from foedus_common.journal import START, Checkpoint, Entry
@@ -46,6 +46,16 @@ class Journal:
         query = select(heads).order_by(heads.c.number, heads.c.head)
         if owner is not None:
             query = query.where(heads.c.owner == owner)
+        return self._heads(query)
+
+    def newest_heads(self, owner: str, count: int) -> list[Head]:
+        newest = select(heads).where(heads.c.owner == owner).order_by(heads.c.number.desc(), heads.c.head).limit(count)
+        return self._heads(newest)[::-1]
+
+    def heads_at(self, owner: str, number: int) -> list[Head]:
+        return self._heads(select(heads).where(heads.c.owner == owner, heads.c.number == number))
+
+    def _heads(self, query: Select[Any]) -> list[Head]:
         with self._database.reading() as connection:
             return [Head(**row._mapping) for row in connection.execute(query)]
 
