@@ -104,14 +104,11 @@ def _home_to_join(path: Path, proxy: str, authorities: str) -> config.SiteHome:
         raise LocalError(
             "A password would stand in the list of processes; put this proxy into https_proxy or site.toml."
         )
-    named = str(Path(authorities).absolute()) if authorities else ""
-    home = config.SiteHome.create(path, config.SiteSettings(proxy=proxy, authorities=named))
-    if (proxy or home.settings.proxy, named or home.settings.authorities) != (
-        home.settings.proxy,
-        home.settings.authorities,
-    ):
+    given = config.SiteSettings(proxy=proxy, authorities=str(Path(authorities).absolute()) if authorities else "")
+    kept = config.SiteHome.create(path, given).settings
+    if given.proxy not in ("", kept.proxy) or given.authorities not in ("", kept.authorities):
         raise LocalError(f"{path} has settings already; change proxy and authorities in its site.toml.")
-    return home
+    return config.SiteHome.open(path)
 
 
 def _show_waiting(public_key: bytes, root_public_key: bytes, as_json: bool) -> None:
