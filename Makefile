@@ -31,7 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-NO_CLAIM := $(addprefix benchmarks/,costs.py plots.py report.py resident.py rounds.py sites.py summary.py)
+NO_CLAIM := $(addprefix benchmarks/,costs.py gpu_check.py plots.py report.py resident.py rounds.py sites.py summary.py)
 
 # Every claim is a ratio or a limit measured in one run; results go to benchmarks/results.
 bench: $(READY)
@@ -49,6 +49,11 @@ crash-matrix: $(READY)
 .PHONY: costs
 costs: $(READY)
 	$(BIN)/python benchmarks/costs.py
+
+# What only a machine with an NVIDIA card can show; the result goes to docs/results-gpu.md.
+.PHONY: gpu-check
+gpu-check: $(READY)
+	@$(BIN)/python benchmarks/gpu_check.py
 
 # The committed gRPC stubs, from the one .proto file.
 stubs: $(READY)
