@@ -24,8 +24,8 @@ class SitePolicy:
 
     max_epsilon_per_run, max_epsilon_per_day, max_epsilon_lifetime: epsilon_local of one row at `delta`, the latter two
     per dataset; whatever a plan's unit of privacy is, for runs of both units may use the same rows. A day is any 24
-    hours. min_sites: the least that a plan may allow in a sum. must_include: other organisations; at least as many of
-    their sites as there are
+    hours. min_sites: the least that a plan may allow in a sum. colluding: how many sites that help the coordinator a
+    plan has to withstand at least. must_include: other organisations; at least as many of their sites as there are
     names have to be in every sum. base_models: manifest hashes; empty for every model that was added here.
     allow_without_privacy: lets plans with unit = "none" in, which no cap can hold.
     """
@@ -35,6 +35,7 @@ class SitePolicy:
     max_epsilon_lifetime: float = 16.0
     delta: float = 1e-5
     min_sites: int = 3
+    colluding: int = 1
     must_include: tuple[str, ...] = ()
     base_models: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("text-classification",)
@@ -53,6 +54,8 @@ class SitePolicy:
             raise LocalError("[policy] delta must be between 1e-9 and 0.001.")
         if self.min_sites < 3:
             raise LocalError("[policy] min_sites must be 3 or more: the sum of two sites reveals the other one.")
+        if self.colluding < 0:
+            raise LocalError("[policy] colluding must be 0 or more.")
         if self.max_rank < 1:
             raise LocalError("[policy] max_rank must be 1 or more.")
 
@@ -121,9 +124,11 @@ def _about_software(agreed: AgreedPlan, facts: Facts, policy: SitePolicy) -> Ite
 
 
 def _about_sites(agreed: AgreedPlan, facts: Facts, policy: SitePolicy) -> Iterator[str]:
-    least = agreed.plan.secure_aggregation.min_sites
-    if least < policy.min_sites:
-        yield f"The plan allows sums of {least} sites, and [policy] min_sites is {policy.min_sites}."
+    secure = agreed.plan.secure_aggregation
+    if secure.min_sites < policy.min_sites:
+        yield f"The plan allows sums of {secure.min_sites} sites, and [policy] min_sites is {policy.min_sites}."
+    if secure.colluding < policy.colluding:
+        yield f"The plan withstands {secure.colluding} colluding sites, and [policy] colluding is {policy.colluding}."
     for organisation in policy.must_include:
         if organisation == facts.organisation:
             yield f"[policy] must_include names this site's own organisation, {organisation!r}; name others."

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from cheating import COHORT, HONEST, MOLE, MOLES, VICTIM, Attempt, Cheat
-from foedus_common.errors import FoedusError, LocalError, Reason
+from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason
 from foedus_common.identity import SignedPlan, generate_key
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.protocol import messages as m
@@ -472,6 +472,15 @@ def another_plan(cheat: Cheat) -> str:
     keys = cheat.attempt().reach(1, silent=[VICTIM])["bravo"]
     assert isinstance(keys, m.PeerKeys)
     alone.ask(VICTIM, 1, m.PeerKeys((own, *keys.envelopes)))
+    return VICTIM
+
+
+@attack("a plan that withstands no colluding site", PolicyRefusal, begun=False)
+def nobody_colludes(cheat: Cheat) -> str:
+    secure = replace(cheat.agreed.plan.secure_aggregation, colluding=0)
+    cheat.agreed = replace(cheat.agreed, plan=replace(cheat.agreed.plan, secure_aggregation=secure))
+    cheat.signed = SignedPlan.sign(cheat.agreed, cheat.federation.operator.home.plan_key())
+    assert cheat.propose(VICTIM) == m.Declined()
     return VICTIM
 
 

@@ -53,6 +53,7 @@ VICTIM = "alpha"
 MOLE = "mole"
 MOLES = (MOLE, "mole-2", "mole-3", "mole-4")
 """All of one organisation."""
+POLICY = SitePolicy(max_epsilon_per_day=1e6, max_epsilon_lifetime=1e6, require_approval=False)
 COHORT = (*HONEST, MOLE)
 """n = 5 and c = 1: t = 4 and m_min = 3."""
 
@@ -76,9 +77,11 @@ class Federation:
         self,
         folder: Path,
         daemon: type[Daemon] = KnownDaemon,
+        policy: SitePolicy = POLICY,
         data: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     ) -> None:
-        """daemon: what a site is. data: rows by site, for those that are not to have the usual ones."""
+        """daemon: what a site is. policy: of every honest site; the victim names a peer besides.
+        data: rows by site, for those that are not to have the usual ones."""
         port, enrolment = free_ports(2)
         self.folder = folder
         self._daemon = daemon
@@ -87,7 +90,6 @@ class Federation:
         self.moles = {
             name: join_site(self.operator, folder / name, name, CLOCK, rows(10), org="Mole Inc") for name in MOLES
         }
-        policy = SitePolicy(max_epsilon_per_day=1e6, max_epsilon_lifetime=1e6, require_approval=False)
         for number, name in enumerate(HONEST):
             include = ("Organisation of bravo",) if name == VICTIM else ()
             settings = SiteSettings(threads=1, policy=dataclasses.replace(policy, must_include=include))
@@ -147,12 +149,19 @@ class Federation:
 class Cheat:
     """One run of a coordinator that cheats. Everything it sees is kept, and `opening` makes the most of it."""
 
-    def __init__(self, federation: Federation, run_id: int, prepared: tuple[AgreedPlan, bytes] | None = None) -> None:
-        """prepared: the plan, and the first adapter that it names; left out, the usual plan for `KnownTrainer`."""
+    def __init__(
+        self,
+        federation: Federation,
+        run_id: int,
+        prepared: tuple[AgreedPlan, bytes] | None = None,
+        **changes: Any,
+    ) -> None:
+        """prepared: the plan, and the first adapter that it names; left out, the usual plan for `KnownTrainer` with
+        these changes."""
         self.federation, self.run_id = federation, run_id
         operator = federation.operator
         self.agreed, first = prepared or (
-            submit(operator.home, operator.store, plan_of(2), run_id)[1],
+            submit(operator.home, operator.store, plan_of(2, **changes), run_id)[1],
             save_adapter(FIRST, SPEC),
         )
         self.signed = SignedPlan.sign(self.agreed, operator.home.plan_key())

@@ -10,8 +10,8 @@ from itertools import count
 import numpy as np
 import pytest
 
-from attacks import ATTACKS, WITHOUT_VICTIM, Attack, oversized, without
-from cheating import HONEST, MOLES, SECONDS, VICTIM, Attempt, Cheat, Federation
+from attacks import ATTACKS, WITHOUT_VICTIM, Attack, oversized, two_groups, without
+from cheating import HONEST, MOLES, POLICY, SECONDS, VICTIM, Attempt, Cheat, Federation
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.site_stages import Agreed, DealtShares
@@ -133,6 +133,19 @@ def test_the_keys_of_sealed_shares_would_open_every_vector(cheat: Cheat) -> None
     attempt.reach(3)
     assert cheat.open(private_keys=keys[:2]).vectors == {}
     assert {site for site, _ in cheat.open(private_keys=keys).vectors} == set(HONEST)
+
+
+def test_a_plan_that_expects_no_colluder_would_open_to_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With c = 0 three of five sites suffice, so the colluder can sign with two groups: one gives shares of the
+    victim's seed, the other of its key. Site policy asks for c of at least 1 unless it is told otherwise."""
+    policy = replace(POLICY, colluding=0)
+    federation = Federation(tmp_path_factory.mktemp("gullible"), policy=policy)
+    cheat = Cheat(federation, next(RUNS), secure_aggregation__colluding=0)
+    cheat.begin()
+    two_groups(cheat)
+    assert set(cheat.open().vectors) == {(VICTIM, 0)}
+    cheat.close()
+    federation.close()
 
 
 def test_sites_restored_without_their_marks_would_open_the_victim_s_vector(

@@ -121,7 +121,7 @@ def scene(probe: Probe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
         first_adapter_sha256=sha256_hex(adapter),
     )
     data = dict.fromkeys(HONEST, probe.others) | {VICTIM: [*probe.others, probe.target]}
-    federation = Federation(tmp_path_factory.mktemp("federation"), Training, data)
+    federation = Federation(tmp_path_factory.mktemp("federation"), Training, data=data)
     made = Cheat(federation, RUN, (agreed, adapter))
     yield Scene(made, trained)
     made.close()

@@ -58,6 +58,7 @@ EXCEEDED: list[tuple[str, dict[str, Any], str]] = [
     ("max_epsilon_lifetime, used", {"account": used_up()}, "has spent or reserved"),
     ("delta", {"policy": {"delta": 0.9e-5}}, "max_epsilon_per_run"),
     ("min_sites", {"policy": {"min_sites": 4}}, "min_sites is 4"),
+    ("colluding", {"policy": {"colluding": 2}}, "withstands 1 colluding sites.* is 2"),
     ("must_include", {"policy": {"must_include": ("South Clinic",)}}, "no site of 'South Clinic'"),
     ("must_include, itself", {"policy": {"must_include": ("St. Mary",)}}, "own organisation"),
     ("base_models", {"policy": {"base_models": ("b" * 64,)}}, "base_models"),
@@ -106,6 +107,7 @@ def test_defaults_are_on_the_safe_side() -> None:
     assert not policy.allow_without_privacy
     assert policy.secure_aggregation == "required"
     assert policy.min_sites >= 3
+    assert policy.colluding >= 1
     assert policy.max_epsilon_per_run <= 8
 
 
