@@ -147,6 +147,12 @@ def test_each_view_counts_the_noise_and_the_distance_that_are_its_own() -> None:
     assert {(event.sampling_rate, event.steps) for event in (local, central, row)} == {(1.0, 1)}
 
 
+def test_retries_are_counted_where_a_release_costs_most_however_many_steps_it_trains() -> None:
+    agreed = dataclasses.replace(agreed_plan(**by_site()), noise_multipliers=(3.0, 1.0))
+    assert [agreed.releases(phase) for phase in (0, 1)] == [20, 8 + 2]
+    assert [event.steps for event in events_of(agreed)] == [20, 10]
+
+
 def test_one_row_moves_an_update_by_no_more_than_its_view_says() -> None:
     """Whatever a row does to training, both updates are clipped."""
     random = np.random.default_rng(0)

@@ -1,0 +1,28 @@
+"""The plans that come with the program are whole, and mean what their comments say."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+
+from foedus_common.plan import AgreedPlan, Part, RunPlan, schedule
+from foedus_common.privacy.accounting import calibrate, epsilons
+from foedus_common.ranges import site_grid
+from foedus_common.tables import parse
+from foedus_common.terms import field_layout
+from foedus_simulations.editions import PLANS
+
+
+def test_the_plan_for_thirty_practices_hides_each_of_them() -> None:
+    text = (PLANS / "icd-chapters-by-site.toml").read_text().replace("MODEL", "a" * 64)
+    table = tomllib.loads(text)
+    table["task"]["labels"] = [f"chapter {number}" for number in range(20)]
+    plan = parse(RunPlan, table, "the plan")
+    size = 20 * 385
+    unsolved = AgreedPlan(1, plan, (1.0,), ((Part("head", size),),), spec_sha256="", first_adapter_sha256="")
+    agreed = dataclasses.replace(unsolved, noise_multipliers=calibrate(plan, (size,)))
+    found = epsilons(agreed)
+    assert found is not None
+    assert 7.9 < found.central < 8 < found.local
+    assert site_grid(agreed, 0).honest == 13
+    assert field_layout(agreed, schedule(plan)[0]).size < 27_000
