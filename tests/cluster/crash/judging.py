@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from foedus_client.accounts import Commitment
+from foedus_client.audit import verify as verify_site
 from foedus_client.enrol import Membership
 from foedus_client.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
-from foedus_common.journal import verify
 from foedus_common.plan import AgreedPlan
 from foedus_common.privacy import accounting
+from foedus_server.audit import verify as verify_coordinator
 from processes import CLOCK, Cluster
 
 
@@ -27,25 +28,25 @@ def judge(cluster: Cluster, agreed: AgreedPlan, policy: SitePolicy) -> None:
 
 
 def judge_coordinator(cluster: Cluster, agreed: AgreedPlan) -> None:
-    """The run is over, each round committed once, each sum exact, and the journal says so."""
+    """The run is over, each round committed once, each sum exact; the journal says so, and is what the sites signed."""
     attempts = cluster.operator.store.runs.attempts(agreed.run_id)
     assert {attempt.state for attempt in attempts} <= {"committed", "aborted"}, "an attempt is still open"
     committed = [attempt.round for attempt in attempts if attempt.state == "committed"]
     assert committed == list(range(agreed.plan.rounds)), f"committed were the rounds {committed}"
     cluster.assert_sums_are_exact(agreed)
-    entries = cluster.operator.store.database.entries()
-    verify(entries)
-    events = [entry.event for entry in entries]
+    verify_coordinator(cluster.operator.home, cluster.operator.store)
+    events = [entry.event for entry in cluster.operator.store.journal.entries()]
     logged = [e["round"] for e in events if e["event"] == "round.committed" and e["run"] == str(agreed.run_id)]
     assert logged == committed, f"the journal has the rounds {logged}"
 
 
 def judge_site(home: Path, agreed: AgreedPlan, policy: SitePolicy) -> None:
-    """The ledger is whole, within every cap and counts at least what left; and nothing was answered in two ways."""
+    """Journal and ledger are whole and tell the same; the ledger is within every cap and counts at least what left; and
+    nothing was answered in two ways."""
     member = Membership(home)
     with closing(SiteStore(home / "site.db", CLOCK)) as store:
         ledger = Ledger(store, CLOCK, member.key.sign)
-        ledger.verify(member.public_key)
+        verify_site(store, ledger, member.name, member.public_key)
         account, run = ledger.account(agreed.plan.data.name), ledger.run(agreed.run_id)
     noted = told(home, agreed.run_id)
 
