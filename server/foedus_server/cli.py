@@ -241,20 +241,23 @@ def _show_token(token: str, name: str, as_json: bool) -> None:
 
 @site_app.command("list")
 def site_list(context: typer.Context, as_json: Json = False) -> None:
-    """Show every site, its state and the fingerprint of its key."""
+    """Show every site, its state, the fingerprint of its key and when its certificate ends."""
+    register = registry(context)
+    ends = register.certificate_ends()
     rows = [
         {
             "name": site.name,
             "org": site.org,
             "state": site.state,
             "fingerprint": fingerprint(key) if (key := site.waiting_key or site.public_key) else None,
+            "certificate_ends": iso(ends[site.name]) if site.name in ends else None,
         }
-        for site in registry(context).sites()
+        for site in register.sites()
     ]
     if as_json:
         return print_json(rows)
     print_table(
-        ["site", "organisation", "state", "fingerprint"],
+        ["site", "organisation", "state", "fingerprint", "certificate ends"],
         [list(row.values()) for row in rows],
         "No sites yet; `foedus site invite NAME --org ORG` makes a token for one.",
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from foedus_common.certificates import read_certificate
+from foedus_common.certificates import DAY, read_certificate
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
 from foedus_common.clock import Clock, iso
 from foedus_common.errors import LocalError
@@ -27,6 +27,7 @@ from foedus_server.config import Home
 from foedus_server.store import Model, Run, Store
 
 CONNECT_SECONDS = 3.0
+SITES_SOON_DAYS = 21
 PREPARE = ("torch", "transformers", "peft")
 
 
@@ -50,6 +51,7 @@ def findings(path: Path, clock: Clock) -> Iterator[Finding]:
         return
     store = home.store(clock)
     yield examine("roster", lambda: _roster(home, store, clock))
+    yield examine("sites", lambda: _sites(store, clock))
     for model in store.runs.models():
         yield examine(f"model {model.name}", partial(_model, model))
     for run in store.runs.all():
@@ -159,6 +161,18 @@ def _roster(home: Home, store: Store, clock: Clock) -> str:
         raise LocalError(f"It does not say of {', '.join(astray)} what was decided since; `foedus roster sign` does.")
     what = f"Epoch {roster.epoch} with {len(approved)} sites"
     return lasts(what, roster.not_after, clock.now(), soon_days=30, advice="sign a new one with `foedus roster sign`")
+
+
+def _sites(store: Store, clock: Clock) -> str:
+    """Raises Note when a member's certificate nears its end, which its daemon should have had renewed."""
+    ends = store.members.certificate_ends()  # of members only: a revocation ends them all
+    ending = sorted(name for name, end in ends.items() if end < clock.now() + SITES_SOON_DAYS * DAY)
+    if ending:
+        raise Note(
+            f"Certificates end within {SITES_SOON_DAYS} days at {', '.join(ending)}; let the daemons there run and "
+            "reach the enrolment port, which renews them."
+        )
+    return f"{len(ends)} sites hold certificates, and none ends soon."
 
 
 def _model(model: Model) -> str:

@@ -90,6 +90,10 @@ class Registry:
         """Sorted by name. `identity.fingerprint(site.waiting_key)` is what to compare before `approve`."""
         return self._members.sites()
 
+    def certificate_ends(self) -> dict[str, float]:
+        """By member: when the newest certificate that it was given ends, Unix seconds."""
+        return self._members.certificate_ends()
+
     def approve(self, name: str, public_key: bytes) -> None:
         """Accept the waiting key whose fingerprint was compared. The site is in once a roster with it is installed.
 

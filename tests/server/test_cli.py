@@ -17,7 +17,7 @@ import pytest
 
 import postgresql
 from foedus_common.checkpoints import sheet
-from foedus_common.clock import SystemClock
+from foedus_common.clock import SystemClock, iso
 from foedus_common.enrolment import decode_token
 from foedus_common.identity import fingerprint
 from foedus_server import cli
@@ -117,10 +117,14 @@ def test_a_site_from_its_token_to_its_end(foedus: Foedus) -> None:
     applicant.ask()
     read_aloud = fingerprint(applicant.public_key)
     (row,) = foedus("site", "list", "--json").json
-    assert row == {"name": "north", "org": "North Hospital", "state": "waiting", "fingerprint": read_aloud}
+    known = {"name": "north", "org": "North Hospital", "state": "waiting", "fingerprint": read_aloud}
+    assert row == {**known, "certificate_ends": None}
     assert "has another fingerprint" in foedus("site", "approve", "north", "--fingerprint", "abcd efgh").err
     assert foedus("site", "approve", "north", "--fingerprint", read_aloud, "--json").json["site"] == "north"
     assert foedus("roster", "sign", "--json").json["sites"] == ["north"]
+    applicant.ask()
+    (row,) = foedus("site", "list", "--json").json
+    assert row["certificate_ends"] == iso(foedus.operator.registry.certificate_ends()["north"])
     assert foedus("site", "rotate", "north", "--json").json["token"] != token
     assert foedus("site", "revoke", "north", "--json").json == {"site": "north", "state": "revoked"}
     assert foedus("site", "revoke", "south").code == 2

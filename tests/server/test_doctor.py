@@ -62,7 +62,7 @@ def test_nothing_is_amiss_at_a_coordinator_that_works(coordinator: Coordinator) 
     assert {check: each.state for check, each in found.items() if each.state != "ok"} == {"root key": "note"}
     assert set(found) == {
         *("settings", "files", "disk", "root key", "authority", "certificate", "link port", "enrolment port"),
-        *("software", "database", "roster", "model tiny", "run icd-chapters"),
+        *("software", "database", "roster", "sites", "model tiny", "run icd-chapters"),
     }
 
 
@@ -182,3 +182,17 @@ def test_a_run_that_failed_is_no_fault_of_the_home(coordinator: Coordinator) -> 
         "note",
         "It failed: Nobody came. `foedus run resume icd-chapters` takes it up again.",
     )
+
+
+def test_a_site_whose_daemon_does_not_renew_its_certificate(coordinator: Coordinator) -> None:
+    north = Applicant(coordinator, coordinator.registry.rotate("north"))
+    north.ask()
+    north.is_approved()
+    coordinator.sign_roster()
+    north.ask()
+    assert coordinator.findings()["sites"].sentence == "1 sites hold certificates, and none ends soon."
+    coordinator.clock.advance(70 * DAY)
+    found = coordinator.findings()["sites"]
+    assert (found.state, "within 21 days at north" in found.sentence) == ("note", True)
+    north.ask()
+    assert coordinator.findings()["sites"].state == "ok"

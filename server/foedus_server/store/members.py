@@ -136,6 +136,12 @@ class Members:
         with self._database.reading() as connection:
             return [Certificate(**row._mapping) for row in connection.execute(query)]
 
+    def certificate_ends(self) -> dict[str, float]:
+        """By site: when the last of its certificates ends, Unix seconds."""
+        ends = select(certificates.c.site, func.max(certificates.c.not_after)).group_by(certificates.c.site)
+        with self._database.reading() as connection:
+            return {row[0]: row[1] for row in connection.execute(ends.where(certificates.c.retired_at.is_(None)))}
+
     # --- Rosters ---
 
     def add_roster(self, epoch: int, signed: bytes) -> None:
