@@ -115,6 +115,10 @@ FOR_THE_OPERATOR: dict[str, tuple[Words, str]] = {
         lambda w: ["run", "submit", w.plan(task__labels="Eye")],
         r"'labels' in .* must be a list, not 'Eye'\.",
     ),
+    "text for a number": (
+        lambda w: ["run", "submit", w.plan(adapter__rank="four")],
+        r"'rank' in .* must be a whole number, not 'four'\.",
+    ),
     "one label": (
         lambda w: ["run", "submit", w.plan(task__labels=["Eye"])],
         r"The plan 'icd-chapters' needs at least two different labels in \[task\] labels\.",
@@ -335,7 +339,9 @@ def test_a_token_is_used_once_and_in_time(
     late = replace(registry.invite("late", "Late"), expires=int(CLOCK.now()) - 1)
     ended = Program(site_cli.main, tmp_path / "late", monkeypatch, capsys)("join", late.encode())
     assert (ended.code, ended.out) == (2, "")
-    assert re.fullmatch(r"foedus-site: The token expired at \S+; ask the operator for a new one\.\n", ended.err)
+    assert re.fullmatch(
+        r"foedus-site: The token expired at \S+, and this clock says \S+; ask the operator .*\.\n", ended.err
+    )
 
 
 # --- Before there is a roster, and with a model at hand ---
@@ -393,6 +399,7 @@ def test_one_daemon_works_on_a_home(world: World) -> None:
     [
         ('device = "gpu"', r"The device 'gpu' is none of \"auto\", \"cpu\" and \"cuda:0\"\."),
         ("thread = 1", r".*site\.toml has an unknown key 'thread'; did you mean 'threads'\?"),
+        ('threads = "two"', r"'threads' in .*site\.toml must be a whole number, not 'two'\."),
         ("threads = -1", r"The trainer's threads must be 0 or more, .*\."),
         ("[policy]\nmin_sites = 2", r"\[policy\] min_sites must be 3 or more: .*"),
         ("[policy]\nmax_epsilon_per_run = nan", r"\[policy\] max_epsilon_per_run, .* must be above 0\."),

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from foedus_client import cli_plans, config, enrol
+from foedus_client import cli_plans, condition, config, enrol
 from foedus_client.administrator import CLOCK, Administrator
 from foedus_client.cli_audit import audit_app
 from foedus_client.data import survey
@@ -48,7 +48,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(audit_app, name="audit")
 
 ASK_SECONDS = 2.0
-NOT_BACKED_UP = frozenset({"daemon.lock", "partial"})
+NOT_BACKED_UP = frozenset({"daemon.lock", "partial", condition.FILE})
 """Names in a home that belong to no copy of it."""
 
 
@@ -138,11 +138,14 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     """Show who this site is and what waits for a decision."""
     acting = Administrator(context.obj)
     roster = acting.membership.roster(CLOCK.now())
-    paused = acting.store.paused()
+    paused, running = acting.store.paused(), acting.home.daemon_runs()
+    said = condition.read_condition(acting.home.path) if running else {}
     facts = {
         "site": acting.membership.name,
         "organisation": acting.membership.token.org,
-        "daemon": f"paused by {paused}" if paused else "running" if acting.home.daemon_runs() else "not running",
+        "daemon": f"paused by {paused}" if paused else "running" if running else "not running",
+        "link": said.get("link", "none"),
+        "last trouble": said.get("trouble", "none since the daemon was started"),
         "fingerprint": fingerprint(acting.membership.public_key),
         "coordinator": acting.home.settings.coordinator or acting.membership.token.link_address,
         "certificate ends": iso(acting.membership.certificate_ends()),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from foedus_client.app import client_app
 from foedus_client.audit import note_standing
+from foedus_client.condition import Condition
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
 from foedus_client.high_water import mark_name
@@ -46,6 +47,7 @@ class Daemon:
         self._store = home.store(clock, state, mark_name(membership.name, membership.token.root_public_key))
         self._store.check_high_water()
         note_standing(self._store, membership, home.settings.policy)
+        self.condition = Condition(home.path, clock)
         objects = ObjectStore(home.objects)
         self._link = SiteLink(
             site=membership.name,
@@ -53,7 +55,8 @@ class Daemon:
             tls=home.trusting(membership.tls()),
             proxy=home.settings.proxy,
             objects=objects,
-            on_state=_log_state,
+            on_state=self._on_state,
+            clock=clock,
             random=random,
         )
         site = Site(
@@ -106,6 +109,10 @@ class Daemon:
         self._rounds.stop()
         self._store.close()
 
+    def _on_state(self, state: LinkState, sentence: str) -> None:
+        logger.log(logging.INFO if state == LinkState.CONNECTED else logging.WARNING, "%s: %s", state, sentence)
+        self.condition.link(state, sentence)
+
     def _ask_how_things_stand(self, request: bytes) -> bytes:
         settings, member = self._home.settings, self._member
         address = settings.enrolment or member.token.enrolment_address
@@ -149,7 +156,8 @@ def serve(home: SiteHome, state: Path, clock: Clock, random: RandomBytes, stoppi
                 if daemon.paused:
                     _rest(daemon, stopping)
                 else:
-                    _work(daemon, stopping)
+                    with daemon.condition.listening():
+                        _work(daemon, stopping)
             finally:
                 daemon.stop()
 
@@ -172,7 +180,3 @@ def _rest(daemon: Daemon, stopping: threading.Event) -> None:
 def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", force=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)
-
-
-def _log_state(state: LinkState, sentence: str) -> None:
-    logger.log(logging.INFO if state == LinkState.CONNECTED else logging.WARNING, "%s: %s", state, sentence)

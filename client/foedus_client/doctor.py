@@ -22,13 +22,12 @@ from foedus_client.high_water import mark_name
 from foedus_client.ledger import Ledger
 from foedus_client.store import Dataset, SiteStore, StoredModel
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
-from foedus_common.clock import Clock
+from foedus_common.clock import Clock, apart
 from foedus_common.errors import LocalError
 from foedus_common.link.transport import TlsIdentity, proxy_for
 from foedus_common.model_folder import manifest_sha256
 
 CONNECT_SECONDS = 5.0
-SKEW_SECONDS = 60.0
 TRAINER = ("torch", "transformers", "peft")
 
 Admission = Callable[[str, TlsIdentity, str], float]
@@ -169,10 +168,8 @@ def _admitted(address: str, member: Membership, home: SiteHome, clock: Clock, ad
         theirs = admission(address, home.trusting(member.tls()), home.settings.proxy)
     except LocalError as error:
         raise LocalError(f"{error} At the coordinator `foedus doctor` and `foedus site list` say more.") from None
-    ahead = clock.now() - theirs
-    if abs(ahead) > SKEW_SECONDS:
-        side = "ahead of" if ahead > 0 else "behind"
-        raise LocalError(f"This clock is {abs(ahead):.0f} seconds {side} the coordinator's; set both by a time server.")
+    if amiss := apart(clock.now(), theirs):
+        raise LocalError(amiss)
     return f"It shows a certificate that this site trusts, and lets {member.name} in. Both clocks agree."
 
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,10 @@ import grpc.aio
 from flwr.app import Context, Message, Metadata
 from flwr.clientapp import ClientApp
 
+from foedus_client.link_state import LinkState, clocks_apart, explain
 from foedus_client.transfers import Transfers, check_size, pauses
+from foedus_common.certificates import CLOCK_SKEW
+from foedus_common.clock import Clock, SystemClock
 from foedus_common.errors import FoedusError, LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
@@ -40,7 +41,6 @@ from foedus_common.link.transport import (
     TlsIdentity,
     channel_options,
     node_id,
-    proxy_for,
 )
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.randomness import RandomBytes, system_random
@@ -52,16 +52,7 @@ _MAX_AT_WORK = 64
 _ENROL_SECONDS = 30.0
 _ADMISSION_SECONDS = 10.0
 
-
-class LinkState(StrEnum):
-    """How the stream to the coordinator stands."""
-
-    CONNECTING = "connecting"
-    CONNECTED = "connected"
-    REFUSED = "refused"
-    """The coordinator is there, but trust is missing: a person has to act."""
-    AWAY = "away"
-    STOPPED = "stopped"
+__all__ = ["LinkState", "SiteLink", "admission", "enrol"]
 
 
 class SiteLink:
@@ -86,12 +77,16 @@ class SiteLink:
         patience: float = 120.0,
         random: RandomBytes = system_random,
         timing: Timing = DEFAULT_TIMING,
+        clock: Clock | None = None,
     ) -> None:
         self._node = node_id(site)
         self._address = address
         self._credentials = grpc.ssl_channel_credentials(tls.authority, tls.private_key, tls.certificate)
         self._options = channel_options(proxy)
-        self._route = _route(address, proxy)
+        self._proxy = proxy
+        self._authority = tls.authority
+        self._clock = clock or SystemClock()
+        self._greeting = ""
         self._objects = objects
         self._on_state = on_state
         self._max_object_bytes = max_object_bytes
@@ -189,7 +184,7 @@ class SiteLink:
                     await self._converse(channel)
                 self._tell(LinkState.AWAY, f"The coordinator at {self._address} is stopping; waiting for it.")
             except grpc.aio.AioRpcError as error:
-                self._tell(*explain(error, self._route))
+                self._tell(*await asyncio.to_thread(self._explain, error))
             except TimeoutError:
                 self._tell(LinkState.AWAY, f"The coordinator at {self._address} fell silent; trying again.")
             except Exception as error:
@@ -206,6 +201,9 @@ class SiteLink:
             async with asyncio.timeout(self._timing.silence):
                 if await call.read() is grpc.aio.EOF:
                     return
+                self._greeting = f"Connected to the coordinator at {self._address}."
+                if amiss := clocks_apart(await call.initial_metadata(), self._clock):
+                    self._greeting += f" {amiss}"
             await call.write(pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
             # Replies for an earlier stream are not lost: the coordinator asks again, and they are kept.
             self._outgoing = asyncio.Queue()
@@ -224,7 +222,7 @@ class SiteLink:
                 message = await call.read()
             if message is grpc.aio.EOF:
                 return
-            self._tell(LinkState.CONNECTED, f"Connected to the coordinator at {self._address}.")
+            self._tell(LinkState.CONNECTED, self._greeting)
             if message.WhichOneof("part") == "request":
                 self._take(message.request)
 
@@ -309,6 +307,9 @@ class SiteLink:
         )
         return message_of(metadata, content_of(request.body))
 
+    def _explain(self, error: grpc.RpcError) -> tuple[LinkState, str]:
+        return explain(error, self._address, self._proxy, self._authority, self._clock)
+
     def _tell(self, state: LinkState, sentence: str) -> None:
         if (state, sentence) != self._state:
             self._state = (state, sentence)
@@ -329,15 +330,19 @@ def enrol(address: str, authority: bytes, body: bytes, proxy: str = "") -> bytes
     proxy: as for `transport.channel_options`.
 
     Raises:
-        LocalError: the coordinator cannot be reached, cannot be trusted, or refused; the sentence says which.
+        LocalError: the coordinator cannot be reached, cannot be trusted, has another time, or refused; the sentence
+            says which.
     """
     if len(body) > MAX_ENROL_BODY:
         raise LocalError(f"An enrolment request of {len(body)} bytes is above {MAX_ENROL_BODY}.")
     with grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), channel_options(proxy)) as channel:
         try:
-            answer = pb_grpc.EnrolmentStub(channel).Enrol(pb.EnrolRequest(body=body), timeout=_ENROL_SECONDS)
+            enrolment = pb_grpc.EnrolmentStub(channel)
+            answer, call = enrolment.Enrol.with_call(pb.EnrolRequest(body=body), timeout=_ENROL_SECONDS)
         except grpc.RpcError as error:
-            raise LocalError(explain(error, _route(address, proxy))[1]) from None
+            raise LocalError(explain(error, address, proxy, authority, SystemClock())[1]) from None
+    if amiss := clocks_apart(call.trailing_metadata(), SystemClock(), CLOCK_SKEW):
+        raise LocalError(amiss)  # or tokens and certificates would be refused, for reasons that mislead
     return bytes(answer.body)
 
 
@@ -357,51 +362,10 @@ def admission(address: str, tls: TlsIdentity, proxy: str = "") -> float:
             pb_grpc.LinkStub(channel).Stat(pb.Object(), timeout=_ADMISSION_SECONDS)
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise LocalError(explain(error, _route(address, proxy))[1]) from None
+                raise LocalError(explain(error, address, proxy, tls.authority, SystemClock())[1]) from None
             told = dict(error.trailing_metadata())
             if CLOCK_KEY in told:
                 return float(told[CLOCK_KEY])
     raise LocalError(
         f"What answers at {address} is no coordinator of this release; install the same one on both sides."
     )
-
-
-def _route(address: str, proxy: str) -> str:
-    """The way to the coordinator, as sentences name it."""
-    between = proxy_for(address, proxy, os.environ)
-    return f"{address}, through the proxy {between}," if between else address
-
-
-_SAID_BY_COORDINATOR = {
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-}
-
-_HUNG_UP = "hung up: it is stopping, or its authority did not sign this site's certificate"
-_SAID_BY_GRPC = [
-    ("HTTP proxy returned response code", LinkState.AWAY, "cannot be reached: the proxy refuses to connect to it"),
-    ("CERTIFICATE_VERIFY_FAILED", LinkState.REFUSED, "shows a certificate that this site's authority did not sign"),
-    ("Hostname Verification Check failed", LinkState.REFUSED, "shows a certificate for another name or address"),
-    ("Connection refused", LinkState.AWAY, "is down: nothing listens there"),
-    ("Socket closed", LinkState.AWAY, _HUNG_UP),
-    (
-        "Connection reset",
-        LinkState.AWAY,
-        "hung up: it is stopping, or its authority did not sign this site's certificate",
-    ),
-    ("address lookup failed", LinkState.AWAY, "cannot be found: its name does not resolve"),
-]
-
-
-def explain(error: grpc.RpcError, route: str) -> tuple[LinkState, str]:
-    """What a failed call means, in one sentence for a person."""
-    details = error.details() or ""
-    if error.code() in _SAID_BY_COORDINATOR:
-        return LinkState.REFUSED, details
-    for mark, state, meaning in _SAID_BY_GRPC:
-        if mark in details:
-            return state, f"The coordinator at {route} {meaning}."
-    return LinkState.AWAY, f"The coordinator at {route} cannot be reached ({error.code().name.lower()})."

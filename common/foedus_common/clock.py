@@ -46,6 +46,23 @@ def utc(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
+APART_SECONDS = 60.0
+"""Two clocks that differ by more do not agree."""
+
+
+def span(seconds: float) -> str:
+    """A length of time for a person: in seconds and, from two hours on, in hours."""
+    return f"{seconds:.0f} seconds" if seconds < 7_200 else f"{seconds / 3_600:.1f} hours"
+
+
+def apart(ours: float, theirs: float, tolerance: float = APART_SECONDS) -> str | None:
+    """The sentence for this machine's clock and the coordinator's, in Unix seconds; None when they agree."""
+    if abs(ours - theirs) <= tolerance:
+        return None
+    side = "ahead of" if ours > theirs else "behind"
+    return f"This clock is {span(abs(ours - theirs))} {side} the coordinator's; set both by a time server."
+
+
 def iso(seconds: float) -> str:
     """Unix seconds as ISO 8601 in UTC, to the second."""
     return utc(seconds).isoformat(timespec="seconds")

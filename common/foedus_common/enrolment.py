@@ -284,4 +284,7 @@ def reply_from_bytes(data: bytes) -> EnrolReply:
 def check_expiry(token: Token, now: float) -> None:
     """Raises LocalError for a token whose time is over, before any key is made for it."""
     if now > token.expires:
-        raise LocalError(f"The token expired at {iso(token.expires)}; ask the operator for a new one.")
+        raise LocalError(
+            f"The token expired at {iso(token.expires)}, and this clock says {iso(now)}; ask the operator for a new "
+            "one or, if the clock is wrong, set it."
+        )

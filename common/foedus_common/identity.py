@@ -266,7 +266,9 @@ class SignedRoster(_Signed):
             )
         if now > roster.not_after:
             raise RemoteError(
-                Reason.ROSTER_STALE, f"the roster expired at {iso(roster.not_after)}; the root has to sign a new one."
+                Reason.ROSTER_STALE,
+                f"the roster expired at {iso(roster.not_after)}, and this clock says {iso(now)}; the root has to sign "
+                "a new one or, if the clock is wrong, it has to be set.",
             )
         return roster
 

@@ -11,6 +11,8 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -53,10 +55,10 @@ class ObjectStore:
         self._lock = threading.Lock()
 
     def put(self, data: bytes | memoryview) -> ObjectRef:
-        """Store `data` durably; storing the same bytes twice is one object."""
+        """Store `data` durably; storing the same bytes twice is one object. Raises LocalError when the disk is full."""
         ref = ObjectRef(hashlib.sha256(data).hexdigest(), memoryview(data).nbytes)
         if not self.has(ref):
-            with tempfile.NamedTemporaryFile(dir=self._partial, delete=False) as file:
+            with _disk_in_words(), tempfile.NamedTemporaryFile(dir=self._partial, delete=False) as file:
                 try:
                     file.write(data)
                     _publish(file, self.path(ref))
@@ -148,8 +150,11 @@ class Partial:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._file.close()
-        self._store.release(self._ref)
+        try:
+            with _disk_in_words():
+                self._file.close()
+        finally:
+            self._store.release(self._ref)
 
     def resume(self) -> int:
         """Hash again what earlier tries left on disk, and give the offset to go on from. Call it first."""
@@ -163,11 +168,13 @@ class Partial:
 
         Raises:
             RemoteError: BAD_MESSAGE when they would exceed the announced size; what came is thrown away.
+            LocalError: the disk is full.
         """
         if self.offset + len(chunk) > self._ref.size:
             self._path.unlink()
             raise RemoteError(Reason.BAD_MESSAGE, "an object is longer than was announced.")
-        self._file.write(chunk)
+        with _disk_in_words():
+            self._file.write(chunk)
         self._hash.update(chunk)
         self.offset += len(chunk)
 
@@ -180,8 +187,18 @@ class Partial:
         if self.offset != self._ref.size or self._hash.hexdigest() != self._ref.sha256:
             self._path.unlink()
             raise RemoteError(Reason.BAD_MESSAGE, "an object's bytes do not match its size and SHA-256.")
-        _publish(self._file, self._store.path(self._ref))
+        with _disk_in_words():
+            _publish(self._file, self._store.path(self._ref))
         return self._store.path(self._ref)
+
+
+@contextmanager
+def _disk_in_words() -> Iterator[None]:
+    """A disk that takes no more is nobody's mistake. The sentence may reach the other side, so it names no folder."""
+    try:
+        yield
+    except OSError as error:
+        raise LocalError(f"An object cannot be stored: {error.strerror}; make room where the home is.") from None
 
 
 def _publish(file: BinaryIO | tempfile._TemporaryFileWrapper[bytes], target: Path) -> None:

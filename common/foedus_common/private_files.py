@@ -72,10 +72,13 @@ def _refuse_shared(path: Path, mode: str) -> None:
 
 
 def _written(path: Path, data: bytes) -> Path:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:  # mkstemp: mode 0600
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:  # mkstemp: mode 0600
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise LocalError(f"{path} cannot be written: {error.strerror}; make room in its folder.") from None
     return Path(file.name)
 
 

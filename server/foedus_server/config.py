@@ -72,14 +72,16 @@ class Link:
 @dataclass(frozen=True)
 class Patience:
     """How long a round waits: `stage_seconds` for the answers of one cryptographic stage, `absent_seconds` in training
-    for a site that has been away so long that the others should not wait for it."""
+    for a site that has been away so long that the others should not wait for it, and `retry_seconds` before a round is
+    tried again, twice as long each time."""
 
     stage_seconds: float = 20.0
     absent_seconds: float = 60.0
+    retry_seconds: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.stage_seconds < math.inf and 0 < self.absent_seconds < math.inf):
-            raise LocalError("[patience] stage_seconds and absent_seconds must be above 0.")
+        if not all(0 < seconds < math.inf for seconds in (self.stage_seconds, self.absent_seconds, self.retry_seconds)):
+            raise LocalError("[patience] stage_seconds, absent_seconds and retry_seconds must be above 0.")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Settings:
             f"[patience]\n"
             f"stage_seconds = {self.patience.stage_seconds}  # for the answers of one cryptographic stage\n"
             f"absent_seconds = {self.patience.absent_seconds}  # in training, for a site that is away\n"
+            f"retry_seconds = {self.patience.retry_seconds}  # before a round is tried again; doubles each time\n"
         )
 
     @property

@@ -85,7 +85,7 @@ class LinkServer:
         self._grids: dict[int, SiteGrid] = {}
         self._files: dict[int, RunFiles] = {}
         self._service = LinkService(directory, self.mailbox, objects, self._files, timing, self.clock, not_admitted)
-        self._enrolment = EnrolmentService(enrol, RateLimit(self.clock))
+        self._enrolment = EnrolmentService(enrol, RateLimit(self.clock), self.clock)
         self._servers: list[grpc.aio.Server] = []
 
     def start(self) -> None:

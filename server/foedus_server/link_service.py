@@ -175,6 +175,7 @@ class LinkService:
                 logger.info("site %s disconnected", peer.site)
 
     async def _greet(self, context: Context) -> None:
+        await context.send_initial_metadata(_clock(self._clock))
         await context.write(pb.FromCoordinator(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
         async with asyncio.timeout(self._timing.silence):
             first = await context.read()
@@ -277,12 +278,17 @@ class LinkService:
         if not self._directory.site_for(peer.site, peer.certificate_sha256):
             await asyncio.to_thread(self._note_not_admitted, peer.site, peer.certificate_sha256)
             raise not_admitted()
-        context.set_trailing_metadata(((CLOCK_KEY, f"{self._clock.now():.3f}"),))
+        context.set_trailing_metadata(_clock(self._clock))
         return peer
 
     def _check(self, peer: Peer) -> None:
         if not self._directory.site_for(peer.site, peer.certificate_sha256):
             raise not_admitted()
+
+
+def _clock(clock: Clock) -> tuple[tuple[str, str], ...]:
+    """Metadata by which a site sees whether its clock agrees."""
+    return ((CLOCK_KEY, f"{clock.now():.3f}"),)
 
 
 async def _first_of(*ways: Coroutine[None, None, None] | asyncio.Future[None]) -> None:
@@ -301,14 +307,16 @@ async def _first_of(*ways: Coroutine[None, None, None] | asyncio.Future[None]) -
 class EnrolmentService:
     """The one call that anybody may make: small, rare, and handed on as bytes."""
 
-    def __init__(self, enrol: Callable[[bytes], bytes], limit: RateLimit) -> None:
+    def __init__(self, enrol: Callable[[bytes], bytes], limit: RateLimit, clock: Clock) -> None:
         self._enrol = enrol
         self._limit = limit
+        self._clock = clock
 
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:  # noqa: N802
         async with _refusals(context):
             if not self._limit.allows(context.peer().rpartition(":")[0]):
                 raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many attempts; try again in a minute.")
+            context.set_trailing_metadata(_clock(self._clock))
             return pb.EnrolReply(body=await asyncio.to_thread(self._enrol, request.body))
 
 

@@ -174,7 +174,9 @@ class _Conductor:
     def round(self, round_plan: RoundPlan) -> None:
         """Attempts the round until it is committed. Raises LocalError when it is given up."""
         error: Exception | None = None
-        for _ in range(ATTEMPTS):
+        for number in range(ATTEMPTS):
+            if number:
+                self._pause(self._coordinator.patience.retry_seconds * 2 ** (number - 1))
             self._await_sites()
             attempt, result = self._attempt(round_plan)
             if isinstance(result, Committed):
@@ -184,6 +186,13 @@ class _Conductor:
             error = result.error
             self._coordinator.store.runs.abort_attempt(attempt, str(error))
         raise LocalError(f"Round {round_plan.index + 1} was given up after {ATTEMPTS} attempts: {error}")
+
+    def _pause(self, seconds: float) -> None:
+        """What kept a site from the last attempt, a full disk or a GPU that is taken, may pass."""
+        ends = self._coordinator.clock.monotonic() + seconds
+        while (left := ends - self._coordinator.clock.monotonic()) > 0:
+            self._check_stopped()
+            self._grid.wait(min(left, LOOK_SECONDS))
 
     def _await_sites(self) -> None:
         """Until as many sites are here as the plan needs; each may be away for as long as it may take to train."""
@@ -294,8 +303,8 @@ class _Conductor:
         self._show()
 
     def tell_end(self, end: m.End) -> None:
-        """Best effort: a site that is away learns it when it asks, or from nobody; nothing depends on it."""
-        deadline = self._coordinator.clock.monotonic() + 5
+        """Best effort: a site that is away for long keeps what it had set aside until it withdraws."""
+        deadline = self._coordinator.clock.monotonic() + self._coordinator.patience.absent_seconds
         sites = self._members()
         ids = self._push("query.end", {site: m.RunEnded(end) for site in sites})
         for _ in range(2):  # the second time each side signs the last that it was shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,8 @@ import pytest
 
 from attacks import ATTACKS, WITHOUT_VICTIM, Attack, oversized, two_groups, without
 from cheating import HONEST, MOLES, POLICY, SECONDS, VICTIM, Attempt, Cheat, Federation
+from foedus_common.canonical import labelled
+from foedus_common.identity import SignedPlan
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.site_stages import Agreed, DealtShares
@@ -54,6 +57,18 @@ def test_a_frame_too_large_ends_the_connection_and_not_the_round(cheat: Cheat) -
     until(lambda: cheat.federation.link.connected().get(VICTIM, since) != since, SECONDS, "a new connection")
     attempt.reach(5)
     assert cheat.open().vectors == {}
+
+
+def test_a_plan_for_a_task_that_is_unknown_here_is_declined_in_a_sentence(cheat: Cheat) -> None:
+    """As a coordinator of a newer release would send it, properly signed."""
+    plan = cheat.signed.canonical.replace(b"text-classification", b"text-translation")
+    key = cheat.federation.operator.home.plan_key()
+    signed = SignedPlan(plan, key.sign(labelled("signed-plan", plan)))
+    assert cheat.propose(VICTIM, signed=signed) == m.Declined()
+    assert re.search(
+        r"'kind' in .* is 'text-translation', but must be one of 'text-classification'",
+        str(cheat.federation.refusals.errors[-1]),
+    )
 
 
 # --- Honest rounds open their sum and nothing else ---

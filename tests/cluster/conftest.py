@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
 
 
-MakeCluster = Callable[[Mapping[str, SitePolicy]], Cluster]
+MakeCluster = Callable[..., Cluster]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def make_cluster() -> Iterator[MakeCluster]:
     memory = Path("/dev/shm")
     made: list[Cluster] = []
 
-    def make(policies: Mapping[str, SitePolicy]) -> Cluster:
-        made.append(Cluster.make(Path(folder), policies))
+    def make(policies: Mapping[str, SitePolicy], **options: Any) -> Cluster:
+        made.append(Cluster.make(Path(folder) / str(len(made)), policies, **options))
         return made[-1]
 
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:

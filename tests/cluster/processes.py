@@ -15,7 +15,7 @@ from foedus_client.config import SiteHome, SiteSettings
 from foedus_client.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
-from foedus_common.clock import SystemClock
+from foedus_common.clock import Clock, SystemClock
 from foedus_common.plan import AgreedPlan
 from foedus_server.config import Link, Patience, Settings
 from foedus_simulations.parties import Party, free_ports, until
@@ -25,7 +25,7 @@ from tiny_model import rows
 
 TESTS = Path(__file__).parents[1]
 CLOCK = SystemClock()
-PATIENCE = Patience(stage_seconds=3, absent_seconds=30)
+PATIENCE = Patience(stage_seconds=3, absent_seconds=30, retry_seconds=0.2)
 
 
 def environment(rig: Mapping[str, str]) -> dict[str, str]:
@@ -44,15 +44,23 @@ class Cluster:
     _parties: list[Party] = field(default_factory=list)
 
     @classmethod
-    def make(cls, folder: Path, policies: Mapping[str, SitePolicy], database: str = "") -> Cluster:
-        """policies: by the sites' names. database: the coordinator's, as in foedus.toml."""
+    def make(
+        cls,
+        folder: Path,
+        policies: Mapping[str, SitePolicy],
+        database: str = "",
+        clock: Clock = CLOCK,
+        patience: Patience = PATIENCE,
+    ) -> Cluster:
+        """policies: by the sites' names. database: the coordinator's, as in foedus.toml. clock: by which the federation
+        was made; the programs have this machine's, unless rigged."""
         port, enrolment = free_ports(2)
         link = Link(port=port, enrolment_port=enrolment)
-        settings = Settings("Test", database=database, link=link, patience=PATIENCE)
-        operator = Operator(folder / "operator", CLOCK, settings)
+        settings = Settings("Test", database=database, link=link, patience=patience)
+        operator = Operator(folder / "operator", clock, settings)
         for number, (name, policy) in enumerate(policies.items()):
             SiteHome.create(folder / name, SiteSettings(threads=1, policy=policy))
-            join_site(operator, folder / name, name, CLOCK, rows(30 + 10 * number))
+            join_site(operator, folder / name, name, clock, rows(30 + 10 * number))
         return cls(folder, operator, {name: folder / name for name in policies})
 
     # --- Programs ---
@@ -77,9 +85,13 @@ class Cluster:
             process.send_signal(signal.SIGINT)
         assert [process.wait(timeout=20) for process in started] == [0] * len(started)
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """One command of the operator's, to its end."""
-        return self._party("operator", {}).attempt(*arguments)
+    def command(self, *arguments: str, of: str = "operator") -> subprocess.CompletedProcess[str]:
+        """One command of the operator's, or of a site's, to its end."""
+        return self._party(of, {}).attempt(*arguments)
+
+    def log(self, name: str) -> str:
+        """What a site's daemon has said so far."""
+        return (self.folder / "logs" / f"{name}-run.log").read_text()
 
     def _party(self, name: str, rig: Mapping[str, str]) -> Party:
         module = "rigged_coordinator" if name == "operator" else "rigged_site"

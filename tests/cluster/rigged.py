@@ -4,10 +4,12 @@
     FOEDUS_KILL=ROUND:PLACE:RUN     of that run only
     FOEDUS_HOLD=ROUND:PLACE:FILE    waits there until FILE exists; FILE.reached exists from then on
 
-For either, @FILE has it read from that file each time: it may change while the process runs. Places are "invite" and
-the stages A1 to A5, "keys", "shares", "mask", "survivors", "unmask", when their request comes by, and the further ones
-that `rigged_site` and `rigged_coordinator` name. The programs themselves know nothing of this: functions of theirs are
-wrapped by name.
+    FOEDUS_SKEW=SECONDS             its clock is so far ahead of this machine's
+
+For either of the first two, @FILE has it read from that file each time: it may change while the process runs. Places
+are "invite" and the stages A1 to A5, "keys", "shares", "mask", "survivors", "unmask", when their request comes by, and
+the further ones that `rigged_site` and `rigged_coordinator` name. The programs themselves know nothing of this:
+functions of theirs are wrapped by name.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from foedus_common.clock import SystemClock
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 
@@ -28,6 +31,12 @@ STAGES = ("keys", "shares", "mask", "survivors", "unmask")
 Where = Callable[..., tuple[int, int] | None]
 """From a call's arguments (and, after it, its result first): the run and the round, or None if this call is no such
 place."""
+
+
+def skew() -> None:
+    """To be called before the program begins."""
+    now, seconds = SystemClock.now, float(os.environ.get("FOEDUS_SKEW", "0"))
+    SystemClock.now = lambda clock: now(clock) + seconds  # type: ignore[method-assign]
 
 
 def reached(place: str, run_id: int, index: int) -> None:

@@ -16,7 +16,7 @@ from foedus_server.link import SiteGrid
 from foedus_server.rounds import Committed, Round
 from foedus_server.store.database import Database
 from foedus_server.store.runs import Runs
-from rigged import after, before, pass_through, reached
+from rigged import after, before, pass_through, reached, skew
 
 POINTS = {
     "round row": "the attempt is in the database, and nobody was asked",
@@ -98,4 +98,5 @@ if __name__ == "__main__":
     rig_messages()
     rig_database()
     rig_rounds()
+    skew()
     cli.main()

@@ -1,15 +1,16 @@
 """The whole path by the programs' own commands, with real training: from `foedus init` to an exported adapter.
 
 Three sites enrol and approve; a run goes through a head phase and an adapter phase. In its course the coordinator is
-restarted, and one site's trainer is killed at work and its daemon restarted. That site runs under strace, where there
-is one: what was on its disk before it opened its data is read from the kernel's own account. Another site runs with an
-audit hook, which tells what its programs executed.
+restarted, one site's trainer is killed at work and its daemon restarted, and another looks for a GPU in vain. The first
+of them runs under strace, where there is one: what was on its disk before it opened its data is read from the kernel's
+own account. The remaining site runs with an audit hook, which tells what its programs executed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -192,7 +193,15 @@ def conduct(made: Federation) -> None:
     until(lambda: charges(made, TRACED)[3:] == [(2, "released")], 60, "the traced site's vector")
     made.sites[TRACED].stop("run")
     made.daemons[TRACED] = made.sites[TRACED].start("run", "run")
+    third = made.sites[THIRD]
+    third.stop("run")
+    (third.home / "site.toml").write_text(SiteSettings(threads=1, device="cuda:7").to_toml())
     (made.folder / "gate-2").touch()
+    third.start("run", "run")
+    until(lambda: "cuda:7" in third.ask("status")["last trouble"], 90, "the device's being missed")
+    third.stop("run")
+    (third.home / "site.toml").write_text(SiteSettings(threads=1).to_toml())
+    made.daemons[THIRD] = third.start("run", "run")
     watched = operator.attempt("run", "watch", made.run)
     assert watched.returncode == 0, watched.stdout
 
@@ -249,6 +258,13 @@ def test_both_sides_journals_are_whole_and_each_vouches_for_the_other_s(finished
         assert facts["entries"] - facts["countersigned up to"] < 3  # what the site's commands wrote since
         facts = finished.operator.ask("audit", "verify", "--against", str(heads))
         assert facts["entries"] - facts["countersigned by"][name] < 3
+
+
+def test_a_device_that_is_not_there_is_named_and_costs_nothing(finished: Federation) -> None:
+    log = finished.sites[THIRD].log("run").read_text()
+    assert re.search(r"round 3: declined: .*cuda:7.*\n", log)
+    assert "Traceback" not in log
+    assert charges(finished, THIRD) == [(index, "committed") for index in range(4)]
 
 
 @pytest.mark.parametrize("name", SITES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,20 @@ def test_room_is_claimed_as_announced_not_as_received(tmp_path: Path) -> None:
         partial.append(b"x")
     assert store.claimed_bytes(wanted) == 113
     assert store.claimed_bytes(whole) == store.claimed_bytes(arriving) == 103
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path: Path) -> None:
+    """The limit on a file's size makes writing fail in this process as on a disk that is full."""
+    store, data = ObjectStore(tmp_path / "objects"), bytes(100_000)
+    small = store.put(b"small")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(LocalError, match="An object cannot be stored: File too large; make room"):
+            store.put(data)
+        with pytest.raises(LocalError, match="make room"), store.receive(ObjectRef("0" * 64, 100_000)) as partial:
+            partial.append(data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert store.read(small) == b"small"
+    assert store.read(store.put(data)) == data

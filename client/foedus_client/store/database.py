@@ -74,7 +74,8 @@ class Database:
             except sqlite3.IntegrityError as error:
                 raise LocalError(f"{name} contradicts what {self.path} says already: {error}.") from None
             except sqlite3.Error as error:
-                raise LocalError(f"{self.path} could not be written ({name}): {error}.") from None
+                advice = "; make room on its disk" if "disk" in str(error) else ""
+                raise LocalError(f"{self.path} could not be written ({name}): {error}{advice}.") from None
 
     def version(self) -> int:
         """A number that differs whenever another process has committed since; cheap enough to ask every 250 ms."""

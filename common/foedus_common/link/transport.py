@@ -26,7 +26,7 @@ _FRAMING = 1024
 SITE_URI = "foedus://site/"
 """Prefix of the one URI in a site certificate's subject alternative name; the site's name follows."""
 CLOCK_KEY = "foedus-clock"
-"""Trailing metadata of every admitted call: the coordinator's clock in Unix seconds, for a site to compare its own."""
+"""Metadata of the coordinator's answers: its clock in Unix seconds, for a site to compare its own."""
 COORDINATOR_NODE = 1
 """Flower node id of the coordinator."""
 
