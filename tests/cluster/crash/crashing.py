@@ -14,14 +14,17 @@ from pathlib import Path
 import rigged_coordinator
 import rigged_site
 from foedus_client.policy import SitePolicy
+from foedus_server.config import Patience
 from foedus_simulations.parties import until
-from judging import judge, resent
+from judging import judge, outcome
 from known_sites import plan_of
 from processes import Cluster, killed
 
 SITES = ("east", "north", "south", "west")
 COORDINATOR = "coordinator"
 POLICY = SitePolicy(require_approval=False, max_epsilon_per_day=400.0, max_epsilon_lifetime=400.0)
+PATIENCE = Patience(stage_seconds=20, absent_seconds=60, retry_seconds=0.2)
+"""So that a site which is started again at once is back in time, also on a busy machine."""
 ROUNDS = 2
 ONLY_IN_THE_FIRST = ("plan stored", "policy checked", "committed")
 """Points of a site that belong to the run and to no round: `rigged_site` says 0."""
@@ -74,21 +77,10 @@ class Federation:
         self.cluster.await_state(run_id, "finished", seconds=90)
         until(lambda: self._heard_of_the_end(run_id), 30, "the sites' hearing of the end")
         judge(self.cluster, agreed, POLICY)
-        return self._outcome(run_id)
+        return outcome(self.cluster, run_id)
 
     def _heard_of_the_end(self, run_id: int) -> bool:
         return all(self.cluster.plan_state(name, run_id) == "finished" for name in SITES)
-
-    def _outcome(self, run_id: int) -> str:
-        aborted = sum(state == "aborted" for _, _, state in self.cluster.attempts(run_id))
-        without = sum(len(survivors) < len(SITES) for survivors in self.cluster.survivors(run_id))
-        again = resent(self.cluster, run_id)
-        parts = {
-            f"{aborted} attempt{'s' * (aborted > 1)} aborted": aborted,
-            f"{without} round{'s' * (without > 1)} without the site": without,
-            f"{again} resent": again,
-        }
-        return ", ".join(["finished", *(part for part, count in parts.items() if count)])
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         return self.cluster.start(name, FOEDUS_KILL=f"@{self._order(name)}")
@@ -102,7 +94,7 @@ def federation(database: str = "") -> Iterator[Federation]:
     """In memory where there is a file system in memory. database: as in foedus.toml."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        cluster = Cluster.make(Path(folder), dict.fromkeys(SITES, POLICY), database)
+        cluster = Cluster.make(Path(folder), dict.fromkeys(SITES, POLICY), database, patience=PATIENCE)
         try:
             yield Federation(cluster)
         finally:

@@ -80,6 +80,19 @@ def told(home: Path, run_id: int) -> list[dict[str, Any]]:
     return [line for line in lines if line["attempt"][0] == run_id]
 
 
+def outcome(cluster: Cluster, run_id: int) -> str:
+    """What became of a run that is finished, in a few words."""
+    aborted = sum(state == "aborted" for _, _, state in cluster.attempts(run_id))
+    without = sum(len(survivors) < len(cluster.homes) for survivors in cluster.survivors(run_id))
+    again = resent(cluster, run_id)
+    parts = {
+        f"{aborted} attempt{'s' * (aborted > 1)} aborted": aborted,
+        f"{without} round{'s' * (without > 1)} without the site": without,
+        f"{again} resent": again,
+    }
+    return ", ".join(["finished", *(part for part, count in parts.items() if count)])
+
+
 def resent(cluster: Cluster, run_id: int) -> int:
     """How many answers that one process stored another gave, byte for byte."""
     by_answer: dict[str, set[int]] = defaultdict(set)
