@@ -121,6 +121,22 @@ def sensitivity(pairs: Sequence[Neighbours]) -> Verdict:
     return Verdict("one record moves the sum by at most the clip", said, bound, furthest <= allowed)
 
 
+def rows_apart(
+    classifier: TextClassifier, agreed: AgreedPlan, adapter: Tensors, data: Sequence[tuple[str, str]]
+) -> float:
+    """How far the sum over all rows, computed in batches, is from what the rows give one by one, in clips.
+
+    What a row adds must not depend on which others are in its batch, or the others would move with it.
+    """
+    round_plan = next(each for each in schedule(agreed.plan) if each.settings.train == "adapter")
+    encoded, clip = classifier.encode(data), agreed.plan.privacy.clip
+    gradients = local_trainer.AdapterGradients(classifier, adapter, encoded, clip, round_plan)
+    vector = classifier.spec.vector(adapter, "adapter").astype(np.float64)
+    together = gradients(vector, np.arange(len(data)))
+    alone = sum(gradients(vector, np.array([row])) for row in range(len(data)))
+    return float(np.linalg.norm(together - alone)) / clip
+
+
 @contextmanager
 def remembered_sums() -> Iterator[None]:
     """While it is open, a sum that was asked for before is not computed again: only noise differs between trials."""

@@ -78,7 +78,12 @@ def noise_of_the_real_model(bench: Bench) -> list[Verdict]:
     agreed = dataclasses.replace(agree(plan, classifier), noise_multipliers=(0.1, 0.1))
     trainer = LocalTrainer(classifier, agreed, pairs(corpus.train[:12]))
     specimen = Specimen(trainer, agreed, random_adapter(classifier, bench.seed))
-    return verdicts(_findings(specimen, bench.random("the real model")))
+    lines = verdicts(_findings(specimen, bench.random("the real model")))
+    for dtype in ("float32", "bfloat16"):
+        classifier = TextClassifier.load(model, plan, dtype=dtype)
+        apart = membership.rows_apart(classifier, agreed, specimen.adapter, pairs(corpus.train[:12]))
+        lines.append(Verdict(f"no row moves another, {dtype}", f"{apart:.1g} clips", "<= 1e-06", apart <= 1e-6))
+    return lines
 
 
 def noise_of_a_federation(bench: Bench) -> list[Verdict]:

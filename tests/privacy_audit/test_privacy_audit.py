@@ -12,7 +12,7 @@ from scipy import stats
 
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks.local_trainer import LocalTrainer
-from foedus_common.tasks.text_classification import TextClassifier
+from foedus_common.tasks.text_classification import DType, TextClassifier
 from privacy_audit import canary, float_noise, whole_site
 from privacy_audit.bounds import Errors, at_most, epsilon_at_least, guess_at_most, mu_at_least
 from privacy_audit.faults import FAULTS, noise_off
@@ -21,6 +21,7 @@ from privacy_audit.membership import (
     Neighbours,
     distinguish,
     neighbours,
+    rows_apart,
     sensitivity,
     tiny_plan_of_membership,
 )
@@ -88,6 +89,15 @@ def test_a_record_shows_as_much_as_is_accounted_and_no_more(pair: Neighbours) ->
     assert not found.alarm
     assert 0.5 * found.accounted < found.shown < found.accounted
     assert sensitivity([pair]).holds
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_row_adds_does_not_depend_on_its_batch(model: Path, dtype: DType) -> None:
+    """Rows that fill their padded length among others that do not: attention without a mask is rounded otherwise."""
+    agreed = tiny_plan_of_membership(model)
+    classifier = TextClassifier.load(model, agreed.plan, dtype=dtype)
+    data = [("ear left", "Ear"), ("eye", "Eye"), ("skin injury", "Skin"), ("ear of right pain burn upper", "Ear")]
+    assert rows_apart(classifier, agreed, random_adapter(classifier, 0), data) < 1e-9
 
 
 @pytest.mark.parametrize("fault", ["noise halved", "clipped layer by layer", "clipped after the division"])

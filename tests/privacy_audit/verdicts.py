@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALARM_RATE = 1e-6
-"""Probability that an audit of correct noise raises any alarm at all, divided evenly among its tests."""
+"""Probability that one audited run of correct noise raises any alarm, divided evenly among its tests."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from foedus_common.tasks.per_example import PerExampleGradients
 from foedus_common.tasks.plain_training import plain_update
 from foedus_common.tasks.private_training import AdapterGradients, ClippedSum, HeadGradients, private_update
 from foedus_common.tasks.targets import blocks
-from foedus_common.tasks.text_classification import Progress, TextClassifier, no_progress
+from foedus_common.tasks.text_classification import COMPANIONS, Progress, TextClassifier, no_progress
 
 
 class LocalTrainer:
@@ -124,7 +124,7 @@ def check_layers(classifier: TextClassifier) -> None:
         features = classifier.pooled(*_twins(classifier))
         collected = gradients.backward(features, torch.ones_like(features))
     for name, of_each in collected.items():
-        if len(of_each) != 2:
+        if len(of_each) != 2 + COMPANIONS:
             raise LocalError(f"{name} does not see one row per example; it cannot be trained under DP.")
 
 

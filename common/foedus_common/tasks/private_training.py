@@ -131,7 +131,8 @@ class AdapterGradients:
             wide = features.detach().double()
             errors = softmax_errors(wide, head, labels)
             collected = gradients.backward(features, (errors @ head).to(features.dtype))
-        flat = {name: value.flatten(1).double() for name, value in collected.items()}
+        own = slice(len(batch))  # without the classifier's companions
+        flat = {name: value[own].flatten(1).double() for name, value in collected.items()}
         squared = self._head_scale**2 * _squared_norms(errors) * _squared_norms(wide)
         squared = squared + self._factor_scale**2 * sum(_squared_norms(value) for value in flat.values())
         factor = clip_factors(squared, self._clip)
