@@ -45,17 +45,15 @@ bench: $(READY)
 crash-matrix: $(READY)
 	@PYTHONPATH=tests:tests/cluster $(BIN)/python tests/cluster/crash/matrix.py
 
-<<<<<<< HEAD
 # The tables and the plot of docs/costs.md, measured anew on this machine.
 .PHONY: costs
 costs: $(READY)
 	$(BIN)/python benchmarks/costs.py
-=======
+
 # Delays, stalls, cuts, half-open connections and partitions at each stage of a round: about four minutes.
 .PHONY: netfaults
 netfaults: $(READY)
 	@PYTHONPATH=tests:tests/cluster $(BIN)/python tests/cluster/netfaults/table.py
->>>>>>> e111cc5 (Put a proxy that stalls, cuts and forgets between real sites and their coordinator: make netfaults)
 
 # What only a machine with an NVIDIA card can show; the result goes to docs/results-gpu.md.
 .PHONY: gpu-check
