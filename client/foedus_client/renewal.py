@@ -45,14 +45,14 @@ class Renewal:
         """Whether the coordinator answered, and the answer was good."""
         try:
             self._member.renew(self._call, self._clock)
-        except FoedusError as error:
+        except (FoedusError, OSError) as error:  # a full disk must not end the asking
             self._complain(error)
             return False
         if self._member.tls() != self._shown:
             logger.info("the certificate or the authority changed; good until %s", iso(self._member.certificate_ends()))
         return True
 
-    def _complain(self, error: FoedusError) -> None:
+    def _complain(self, error: Exception) -> None:
         """A day without an answer is nothing; a certificate that runs out is."""
         ends = self._member.certificate_ends()
         urgent = ends < self._clock.now() + WARN_DAYS * DAY
