@@ -29,6 +29,7 @@ from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.memory import LENGTH, MODELS, RANK, estimate, shape_of
 from foedus_common.tasks.text_classification import TextClassifier
 from report import report
+from resident import memory
 
 ROWS = 48
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -73,16 +74,11 @@ def train_one_step(folder: Path, settings: dict[str, Any], device: str = "cpu") 
     LocalTrainer(classifier, agreed, rows).train(adapter, schedule(plan)[0], os.urandom)
 
 
-def peak() -> int:
-    """Bytes: the largest resident set of this process so far."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-def of_a_process(folder: Path, settings: dict[str, Any]) -> int:
+def of_a_process(folder: Path, settings: dict[str, Any]) -> float:
+    """Megabytes: its largest resident set."""
     given = [str(folder), json.dumps(settings)]
     told = subprocess.run([sys.executable, __file__, *given], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return int(told.splitlines()[-1])
+    return float(told.splitlines()[-1])
 
 
 def main() -> bool:
@@ -93,15 +89,15 @@ def main() -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         empty = of_a_process(write_model(Path(scratch) / "tiny", nearly_none), SETTINGS["float32"])
         folder = write_model(Path(scratch) / "minilm", MODELS["MiniLM-L6"])
-        print(f"the process itself {empty / 1e6:.0f} MB")
+        print(f"the process itself {empty:.0f} MB")
         for name, settings in SETTINGS.items():
             if settings.get("base_weights") == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
                 print(f"{name}: not measured, bitsandbytes is not installed")
                 continue
-            computed = estimate(shape, **formula(settings)).total
+            computed = estimate(shape, **formula(settings)).total / 1e6
             measured = of_a_process(folder, settings) - empty
             ratios.append(measured / computed)
-            print(f"{name}: measured {measured / 1e6:.0f} MB, computed {computed / 1e6:.0f} MB")
+            print(f"{name}: measured {measured:.0f} MB, computed {computed:.0f} MB")
     claim = "memory of training a model of MiniLM's shape, over the formula's; the largest"
     return report("training_memory", claim, max(ratios), 1.25, at_least=False)
 
@@ -111,4 +107,4 @@ if __name__ == "__main__":
         raise SystemExit(not main())
     torch.set_num_threads(1)
     train_one_step(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    print(peak())
+    print(memory("VmHWM"))

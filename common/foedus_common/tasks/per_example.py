@@ -47,7 +47,8 @@ class PerExampleGradients:
 
     def backward(self, outputs: torch.Tensor, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
         """Go back from `outputs` (n, ...) with the loss's gradient by them; each example's gradient by each layer's
-        weight, float32 (n, out, in) (float64 for a float64 model), in the order of `modules`.
+        weight, float32 (n, out, in) (float64 for a float64 model), in the order in which they came: from the last
+        layer to the first.
 
         Raises LocalError, naming the layer, when one was not used or no gradient comes to it: its own are then not zero
         but unknown.
@@ -59,7 +60,7 @@ class PerExampleGradients:
                 raise LocalError(f"[adapter] targets match {name}, which the model never uses; name other targets.")
             if name not in self._collected:
                 raise LocalError(f"No gradient comes to {name}, as if it were frozen; it cannot be trained under DP.")
-        return {name: self._collected[name] for name in self._modules}
+        return self._collected
 
     def _watch(self, name: str) -> ForwardHook:
         def forward(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
