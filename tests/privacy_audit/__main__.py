@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny models threads wait longer than they work
@@ -30,11 +31,11 @@ WIDTH = 140
 """Columns of a table that goes to a file."""
 
 
-def main() -> int:
+def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="privacy_audit", description="Audit the privacy of what training releases.")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another audit (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         found = audit(arguments.seed)
     except FoedusError as error:
@@ -76,4 +77,4 @@ def show(found: dict[str, list[Verdict]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

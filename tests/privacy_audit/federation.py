@@ -8,20 +8,24 @@ noises. Sites that share a noise, or an aggregation that loses some, would show 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from foedus_common.adapters import Tensors
-from foedus_common.plan import schedule
+from foedus_common.plan import RoundPlan, schedule
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_server.prepare import first_adapter
 from foedus_simulations.corpora import Row
-from foedus_simulations.federation import Outcome, simulate
+from foedus_simulations.federation import InProcessTrainer, Outcome, simulate
 from plans import plan_toml
 from privacy_audit.reference import Reals, ReferenceSum, step_factors, tensor_slices
 from privacy_audit.residuals import Residuals, deviations
 from privacy_audit.specimens import CLIP, DIVISOR
+from seeded import seeded
 from tiny_model import LABELS, rows
 
 SITES = ("east", "north", "west")
@@ -45,6 +49,17 @@ def plan_of_federation(model_sha256: str, rounds: int) -> str:
 def run(plan: Path, model: Path, classifier: TextClassifier, seed: int) -> Outcome:
     """The federation's run; each site has `ROWS` rows of its own."""
     return simulate(plan, model, _shares(), seed, classifier)
+
+
+def noise_shared_by_all() -> AbstractContextManager[Any]:
+    """A fault: every site draws a round's noise from the same source."""
+    train = InProcessTrainer.train
+
+    def drawn_alike(trainer: Any, adapter: Path, adapter_sha256: str, round_plan: RoundPlan) -> Reals:
+        trainer._random = seeded(f"round {round_plan.index}")
+        return train(trainer, adapter, adapter_sha256, round_plan)
+
+    return mock.patch.object(InProcessTrainer, "train", drawn_alike)
 
 
 def residuals(outcome: Outcome, classifier: TextClassifier) -> list[Residuals]:

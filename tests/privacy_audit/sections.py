@@ -87,13 +87,19 @@ def noise_of_the_real_model(bench: Bench) -> list[Verdict]:
 
 
 def noise_of_a_federation(bench: Bench) -> list[Verdict]:
-    """The same tests on the adapters that three sites release together, as one line."""
+    """The same tests on the adapters that three sites release together."""
     plan = bench.scratch / "plan.toml"
-    plan.write_text(federation.plan_of_federation(manifest_sha256(bench.tiny_model), rounds=10))
+    plan.write_text(federation.plan_of_federation(manifest_sha256(bench.tiny_model), rounds=6))
     classifier = TextClassifier.load(bench.tiny_model, read_plan(plan), dtype="float32")
-    outcome = federation.run(plan, bench.tiny_model, classifier, bench.seed)
-    found = findings(federation.residuals(outcome, classifier))
-    return [summary("three sites' noises add up in the released adapter", found)]
+
+    def found() -> list[Finding]:
+        outcome = federation.run(plan, bench.tiny_model, classifier, bench.seed)
+        return findings(federation.residuals(outcome, classifier))
+
+    lines = [summary("three sites' noises add up in the released adapter", found())]
+    with federation.noise_shared_by_all():
+        lines.append(fault_found("noise the same at every site", alarms(found())))
+    return lines
 
 
 def noise_of_a_whole_site(bench: Bench) -> list[Verdict]:

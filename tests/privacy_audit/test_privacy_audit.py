@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from scipy import stats
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.text_classification import DType, TextClassifier
-from privacy_audit import canary, float_noise, whole_site
+from privacy_audit import __main__, canary, float_noise, whole_site
 from privacy_audit.bounds import Errors, at_most, epsilon_at_least, guess_at_most, mu_at_least
 from privacy_audit.faults import FAULTS, noise_off
 from privacy_audit.inversion import Setting, from_the_factors, from_the_head, label_and_features
@@ -141,6 +142,22 @@ def test_inversion_works_on_raw_gradients_and_fails_on_releases(
     with noise_off():
         bare = attacked(setting, targets, seeded("inversion"))
     assert [verdict.holds for verdict in bare] == [not verdict.check.startswith("...") for verdict in bare]
+
+
+# The command
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_audit_fails_when_something_does_not_hold(
+    holds: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(__main__, "SECTIONS", {"noise": lambda bench: [Verdict("sigma", f"{bench.seed}", "3", holds)]})
+    assert __main__.main(["--seed", "3", "--json"]) == (0 if holds else 1)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["holds"] is holds
+    assert shown["sections"]["noise"] == [{"check": "sigma", "statistic": "3", "bound": "3", "holds": holds}]
+    assert __main__.main([]) == (0 if holds else 1)
+    assert ("NO" in capsys.readouterr().out) != holds
 
 
 # Bounds
