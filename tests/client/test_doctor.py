@@ -133,6 +133,10 @@ def test_a_card_that_is_not_there(site: Site, monkeypatch: pytest.MonkeyPatch) -
 def test_software_that_is_not_installed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else True)
     assert "peft cannot be imported" in site.amiss()["device"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else True)
+    assert "device" not in site.amiss()
+    site.set("base_weights", '"4bit"')
+    assert "needs bitsandbytes; pip install 'foedus[gpu]'" in site.amiss()["device"]
 
 
 # --- Membership and the coordinator ---

@@ -138,3 +138,12 @@ def test_devices_and_dtypes() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(LocalError, match="no usable GPU"):
             choose_device("cuda:0")
+
+
+def test_a_gpu_that_is_one_too_far_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto").type == "cuda"
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(LocalError, match=r"'cuda:2' was asked for, but .* cuda:0 to cuda:1"):
+        choose_device("cuda:2")
