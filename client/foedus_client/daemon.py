@@ -116,7 +116,7 @@ class Daemon:
     def _ask_how_things_stand(self, request: bytes) -> bytes:
         settings, member = self._home.settings, self._member
         address = settings.enrolment or member.token.enrolment_address
-        return enrol(address, self._home.trusting(member.tls()).authority, request, settings.proxy)
+        return enrol(address, self._home.trusting(member.tls()).authority, request, settings.proxy, self._site.clock)
 
     def _open_trainer(self, agreed: AgreedPlan) -> TrainerProcess:
         """The run's trainer, not started yet. Raises LocalError when the plan's model or data is not here any more."""

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 _KEPT_REPLIES = 64
 _MAX_AT_WORK = 64
 _ENROL_SECONDS = 30.0
+_MACHINES_CLOCK = SystemClock()
 _ADMISSION_SECONDS = 10.0
 
 __all__ = ["LinkState", "SiteLink", "admission", "enrol"]
@@ -324,10 +325,10 @@ def _answered(reply: Message) -> bytes:
     return body
 
 
-def enrol(address: str, authority: bytes, body: bytes, proxy: str = "") -> bytes:
+def enrol(address: str, authority: bytes, body: bytes, proxy: str = "", clock: Clock = _MACHINES_CLOCK) -> bytes:
     """Hand an enrolment request to the coordinator and give its answer; `authority` (PEM) is the CA it must show.
 
-    proxy: as for `transport.channel_options`.
+    proxy: as for `transport.channel_options`; clock: compared with the coordinator's.
 
     Raises:
         LocalError: the coordinator cannot be reached, cannot be trusted, has another time, or refused; the sentence
@@ -340,8 +341,8 @@ def enrol(address: str, authority: bytes, body: bytes, proxy: str = "") -> bytes
             enrolment = pb_grpc.EnrolmentStub(channel)
             answer, call = enrolment.Enrol.with_call(pb.EnrolRequest(body=body), timeout=_ENROL_SECONDS)
         except grpc.RpcError as error:
-            raise LocalError(explain(error, address, proxy, authority, SystemClock())[1]) from None
-    if amiss := clocks_apart(call.trailing_metadata(), SystemClock(), CLOCK_SKEW):
+            raise LocalError(explain(error, address, proxy, authority, clock)[1]) from None
+    if amiss := clocks_apart(call.trailing_metadata(), clock, CLOCK_SKEW):
         raise LocalError(amiss)  # or tokens and certificates would be refused, for reasons that mislead
     return bytes(answer.body)
 
