@@ -110,8 +110,13 @@ def set_up(
     """Holds rows out, unless they are given, and deals the others to the sites.
 
     If anything is compared, half of the rows held out choose learning rates and do not count: what is compared is
-    judged by the other half, all of it. Raises LocalError when rows or sites do not fit the plan.
+    judged by the other half, all of it. Raises LocalError when rows, sites or comparisons do not fit the plan.
     """
+    if wanted and plan.privacy.unit == "site":
+        raise LocalError(
+            'With unit = "site" there is nothing alike to compare with: a site alone has nobody to share its noise; '
+            "leave out --compare."
+        )
     random = np.random.default_rng(seed)
     if held_out is None:
         order = random.permutation(len(rows))

@@ -103,6 +103,7 @@ def test_a_simulation_leaves_its_report_as_json_csv_and_page(compared: tuple[Pat
     assert report["rows_held_out"] == 10  # of 20 held out, ten chose learning rates
     assert sum(report["rows"].values()) == 80
     assert all(0 < spent <= 8 for spent in report["epsilon_local"])
+    assert report["epsilon_central"] == report["epsilon_local"]
     with (folder / "rounds.csv").open(newline="") as file:
         assert [line["round"] for line in csv.DictReader(file)] == ["1", "2"]
     html = (folder / "report.html").read_text()
@@ -138,6 +139,21 @@ def test_without_privacy_no_epsilon_is_given(usual: dict[str, str], model: Path,
     assert found["privacy"] == "none"
     assert found["epsilon_local"] == [None, None, None]
     assert found["releases_without_privacy"] == [2, 2, 2]
+
+
+def test_where_the_site_is_the_unit_both_epsilons_are_of_a_site(
+    usual: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    phase = {"train": "head", "rounds": 2, "learning_rate": 0.1, "steps": 3, "batch_size": 4, "budget_share": 1.0}
+    privacy = {"unit": "site", "epsilon": 8.0, "delta": 1e-5, "clip": 0.5}
+    plan = {"": str(write_plan(tmp_path / "plan.toml", model, phase=[phase], privacy__divisor=None, privacy=privacy))}
+    found = figures(usual | plan, "--report", str(tmp_path / "report"))
+    assert found["privacy"] == "site"
+    both = list(zip(found["epsilon_central"], found["epsilon_local"], strict=True))
+    assert all(0 < central < min(8, local) for central, local in both)
+    assert "per site" in (tmp_path / "report" / "report.html").read_text()
+    refused = run(usual | plan | {"--compare": "alone"}).exception
+    assert re.search("nothing alike to compare with", str(refused))
 
 
 @pytest.mark.parametrize(
