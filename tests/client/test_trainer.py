@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoTokenizer
 
 from foedus_client import trainer as trainer_module
@@ -174,6 +175,17 @@ def test_model_rows_and_features_are_made_once_for_a_whole_run(site: Site, monke
     assert counts["pooled"] > passes
     assert (counts["from_pretrained"], counts["read_rows"], counts["check_dataset"]) == (2, 1, 1)
     assert counts["features"] == 1
+
+
+def test_what_a_site_sets_for_its_memory_reaches_the_model(site: Site) -> None:
+    settings = dataclasses.replace(
+        site.settings(), device="cpu", base_weights="bfloat16", gradient_checkpointing=True, tokens_per_batch=64
+    )
+    classifier = Trainer(settings, site.agreed, SimpleNamespace())._classifier
+    assert classifier.batches.tokens == 64
+    assert classifier.encoder.get_input_embeddings().weight.dtype == torch.bfloat16
+    block = classifier.encoder.base_model.model.encoder.layer[0]
+    assert block.forward.func is checkpoint
 
 
 @pytest.mark.parametrize("too_much", [lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)])

@@ -84,3 +84,22 @@ def test_dp_sees_each_row_apart(family: Family, folders: dict[str, Path], method
     assert max(np.linalg.norm(one) for one in apart) <= 1 + 1e-6
     moved = [np.abs(one[spec.tensors[0].size :]).max() > 0 for one in apart]
     assert sum(moved) >= 10  # in a decoder, one token alone asks nothing
+
+
+def test_roberta_counts_positions_from_behind_its_padding(folders: dict[str, Path]) -> None:
+    encoder_spec(folders["roberta"], tiny_plan(folders["roberta"], task__max_length=63))
+    with pytest.raises(LocalError, match=r"max_length is 64, but the model reads at most 63 tokens"):
+        encoder_spec(folders["roberta"], tiny_plan(folders["roberta"], task__max_length=64))
+    encoder_spec(folders["bert"], tiny_plan(folders["bert"], task__max_length=64))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_row_without_any_token_has_features_too(folders: dict[str, Path], pooling: str) -> None:
+    folder = folders["gpt2"]
+    plan = tiny_plan(folder, adapter__targets=["c_attn"], task__pooling=pooling)
+    classifier = TextClassifier.load(folder, plan, dtype="float32")
+    encoded = classifier.encode([("", None), ("eye", None)])
+    assert [len(tokens) for tokens in encoded.tokens] == [1, 3]
+    untouched = {t.name: np.zeros(t.shape, np.float32) for t in classifier.spec.tensors}
+    features = classifier.features(untouched, encoded)[:, :HIDDEN]
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
