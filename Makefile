@@ -64,7 +64,7 @@ gpu-check: $(READY)
 stubs: $(READY)
 	$(BIN)/python -m grpc_tools.protoc -I common --python_out=common --grpc_python_out=common common/foedus_common/link/foedus.proto
 
-# Released vectors and adapters under attack, and whether seeded faults would be seen: three minutes of two idle cores.
+# Released vectors and adapters under attack, and whether seeded faults would be seen: about four minutes.
 # AUDIT="--seed 1" is another audit, AUDIT=--json prints one document.
 .PHONY: privacy-audit
 privacy-audit: $(READY)

@@ -32,7 +32,7 @@ from privacy_audit.verdicts import Verdict
 from seeded import seeded
 from tiny_model import rows, tiny_agreed
 
-ROUNDS = 12
+ROUNDS = 8
 
 
 def tiny_specimen_of_site(folder: Path, seed: int) -> Specimen:

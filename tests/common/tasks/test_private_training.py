@@ -28,8 +28,8 @@ from foedus_common.tasks.private_training import (
     poisson_sample,
     private_update,
 )
-from foedus_common.tasks.rows import EncodedRows
 from foedus_common.tasks.text_classification import TextClassifier, no_progress
+from privacy_audit.reference import ReferenceSum
 from tiny_model import HIDDEN, LABELS, rows, tiny_agreed, write_tiny_model
 
 WIDTH = HIDDEN + 1
@@ -94,31 +94,6 @@ def test_head_sum_is_that_of_autograd_row_by_row(clip: float) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def looped_adapter_sum(
-    classifier: TextClassifier, adapter: Tensors, encoded: EncodedRows, vector: np.ndarray, clip: float, plan: RoundPlan
-) -> np.ndarray:
-    """Autograd on one row at a time, through ordinary parameters and an ordinary loss."""
-    spec = classifier.spec
-    classifier.load_factors(spec.with_vector(adapter, "adapter", vector))
-    names = [t.name for t in spec.trained("adapter") if t.name != HEAD]
-    weights = [classifier.factors[name].weight.requires_grad_(True) for name in names]
-    head_size = spec.tensors[0].size
-    total = np.zeros_like(vector)
-    for row in range(len(encoded)):
-        head = torch.tensor(vector[:head_size].reshape(spec.tensors[0].shape), requires_grad=True)
-        features = classifier.pooled(*encoded.inputs(np.array([row]))).double()
-        loss = torch.nn.functional.cross_entropy(features @ head.T, torch.tensor(encoded.labels[[row]]))
-        of_head, *of_weights = torch.autograd.grad(loss, [head, *weights])
-        gradient = np.concatenate(
-            [plan.scale("head") * of_head.numpy().ravel()]
-            + [plan.scale("adapter") * g.double().numpy().ravel() for g in of_weights]
-        )
-        total += gradient * min(1.0, clip / np.linalg.norm(gradient))
-    for weight in weights:
-        weight.requires_grad_(False)
-    return total
-
-
 @pytest.mark.parametrize("method", ["ffa-lora", "fedit"])
 @pytest.mark.parametrize("clip", [100.0, 0.5])
 @pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-12), (False, 1e-6)])
@@ -132,7 +107,7 @@ def test_adapter_sum_is_that_of_autograd_row_by_row(
         classifier.encoder.double()
     adapter, encoded = an_adapter(classifier), classifier.encode(rows(20))
     vector = classifier.spec.vector(adapter, "adapter").astype(np.float64) + 0.01
-    expected = looped_adapter_sum(classifier, adapter, encoded, vector, clip, plan)
+    expected = ReferenceSum(classifier, adapter, encoded, clip, plan)(vector, np.arange(20))
     found = AdapterGradients(classifier, adapter, encoded, clip, plan)(vector, np.arange(20))
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
