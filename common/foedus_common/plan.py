@@ -26,6 +26,8 @@ itself (device, precision, how the base is held) is no part of it: docs/decision
 
 MAX_PLAN_BYTES = 128 * 1024
 MAX_ROUNDS = 10_000
+MAX_STEPS = 1_000_000
+"""More are not accounted for within seconds."""
 MAX_COORDINATES = 1 << 30
 """Numbers in a trained vector: 8 GiB in the trainer."""
 MAX_TEXT = 1000
@@ -195,6 +197,8 @@ def _problems(plan: RunPlan) -> Iterator[str]:
         yield "must have [secure_aggregation] field_bits between 8 and 32."
     if not 0 <= secure.retries <= MAX_ROUNDS:
         yield f"must have [secure_aggregation] retries between 0 and {MAX_ROUNDS}."
+    if sum((phase.rounds + secure.retries) * (phase.steps or 0) for phase in plan.phase) > MAX_STEPS:
+        yield f"must have at most {MAX_STEPS} steps over all rounds and retries."
     if privacy.on:
         yield from _privacy_problems(privacy)
     elif privacy.epsilon is not None or privacy.delta is not None:
@@ -265,8 +269,8 @@ def _record_phase_problems(phase: Phase) -> Iterator[str]:
         yield f"gives {', '.join(given)}, which training under DP does not have; give steps and sampling_rate."
     if phase.decay == "cosine":
         yield 'decays by a cosine, whose last digit differs between machines; under DP write decay = "linear".'
-    if (phase.steps or 0) < 1 or not 0 < (phase.sampling_rate or 0) <= 1:
-        yield "needs steps of 1 or more and sampling_rate in (0, 1]."
+    if (phase.steps or 0) < 1 or not 1e-9 <= (phase.sampling_rate or 0) <= 1:
+        yield "needs steps of 1 or more and sampling_rate between 1e-9 and 1."
 
 
 @dataclass(frozen=True)
@@ -396,8 +400,8 @@ def parse_agreed_plan(canonical: bytes) -> AgreedPlan:
     for number, parts in enumerate(agreed.trained):
         if any(part.length < 1 for part in parts) or agreed.size(number) > MAX_COORDINATES:
             raise LocalError("The plan's trained vector has a part without a length, or is too long.")
-    if any(not 0 < z < 1e6 for z in agreed.noise_multipliers):
-        raise LocalError("The plan has a noise multiplier that is not a positive number.")
+    if any(not 0.01 <= z < 1e6 for z in agreed.noise_multipliers):
+        raise LocalError("The plan has a noise multiplier that is not between 0.01 and 1000000.")
     return agreed
 
 

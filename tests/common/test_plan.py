@@ -50,6 +50,7 @@ def test_the_digest_is_pinned():
         ({"task__labels": ["Eye", "Eye"]}, "different labels"),
         ({"phase": []}, "no [[phase]]"),
         ({"phase__0__rounds": 10**12}, "at most 10000 rounds"),
+        ({"phase__0__steps": 10**12}, "at most 1000000 steps"),
         ({"secure_aggregation__retries": 10**12}, "retries between 0 and 10000"),
     ],
 )
