@@ -36,7 +36,7 @@ from foedus_common.randomness import RandomBytes
 
 MIN_FIELD_BITS, MAX_FIELD_BITS = 8, 32
 MIN_SCALE, MAX_SCALE = 1e-100, 1e100
-_BLOCK = 32 * 1024
+_BLOCK = 64 * 1024
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
