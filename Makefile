@@ -45,6 +45,12 @@ bench: $(READY)
 crash-matrix: $(READY)
 	@PYTHONPATH=tests:tests/cluster $(BIN)/python tests/cluster/crash/matrix.py
 
+# The same, and with a disk that fails and clocks that jump at the same 24 points; then bad networks. For a night.
+.PHONY: nightly
+nightly: $(READY)
+	@TROUBLES="kill disk ahead behind" PYTHONPATH=tests:tests/cluster $(BIN)/python tests/cluster/crash/matrix.py
+	@$(MAKE) netfaults
+
 # The tables and the plot of docs/costs.md, measured anew on this machine.
 .PHONY: costs
 costs: $(READY)

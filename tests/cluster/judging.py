@@ -21,18 +21,20 @@ from processes import CLOCK, Cluster
 
 
 def judge(cluster: Cluster, agreed: AgreedPlan, policy: SitePolicy) -> None:
-    """Raises AssertionError, or what looking raises, for the first rule that does not hold."""
+    """Of a run that is over. Raises AssertionError, or what looking raises, for the first rule that does not hold."""
     judge_coordinator(cluster, agreed)
     for home in cluster.homes.values():
         judge_site(home, agreed, policy)
 
 
 def judge_coordinator(cluster: Cluster, agreed: AgreedPlan) -> None:
-    """The run is over, each round committed once, each sum exact; the journal says so, and is what the sites signed."""
-    attempts = cluster.operator.store.runs.attempts(agreed.run_id)
+    """Each round is committed once, up to the last or to that at which the run failed; each sum is exact; the journal
+    says so, and is what the sites signed."""
+    run, attempts = cluster.operator.store.runs.run(agreed.run_id), cluster.operator.store.runs.attempts(agreed.run_id)
     assert {attempt.state for attempt in attempts} <= {"committed", "aborted"}, "an attempt is still open"
     committed = [attempt.round for attempt in attempts if attempt.state == "committed"]
-    assert committed == list(range(agreed.plan.rounds)), f"committed were the rounds {committed}"
+    assert committed == list(range(run.rounds_done)), f"committed were the rounds {committed}"
+    assert run.state == "failed" or run.rounds_done == agreed.plan.rounds, f"the run is {run.state}"
     cluster.assert_sums_are_exact(agreed)
     verify_coordinator(cluster.operator.home, cluster.operator.store)
     events = [entry.event for entry in cluster.operator.store.journal.entries()]
@@ -81,7 +83,7 @@ def told(home: Path, run_id: int) -> list[dict[str, Any]]:
 
 
 def outcome(cluster: Cluster, run_id: int) -> str:
-    """What became of a run that is finished, in a few words."""
+    """What became of a run that is over, in a few words."""
     aborted = sum(state == "aborted" for _, _, state in cluster.attempts(run_id))
     without = sum(len(survivors) < len(cluster.homes) for survivors in cluster.survivors(run_id))
     again = resent(cluster, run_id)
@@ -90,7 +92,7 @@ def outcome(cluster: Cluster, run_id: int) -> str:
         f"{without} round{'s' * (without > 1)} without the site": without,
         f"{again} resent": again,
     }
-    return ", ".join(["finished", *(part for part, count in parts.items() if count)])
+    return ", ".join([cluster.state(run_id), *(part for part, count in parts.items() if count)])
 
 
 def resent(cluster: Cluster, run_id: int) -> int:

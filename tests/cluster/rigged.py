@@ -3,13 +3,12 @@
     FOEDUS_KILL=ROUND:PLACE         ends the process when that place is reached in that round (from 0)
     FOEDUS_KILL=ROUND:PLACE:RUN     of that run only
     FOEDUS_HOLD=ROUND:PLACE:FILE    waits there until FILE exists; FILE.reached exists from then on
-
     FOEDUS_SKEW=SECONDS             its clock is so far ahead of this machine's
 
-For either of the first two, @FILE has it read from that file each time: it may change while the process runs. Places
-are "invite" and the stages A1 to A5, "keys", "shares", "mask", "survivors", "unmask", when their request comes by, and
-the further ones that `rigged_site` and `rigged_coordinator` name. The programs themselves know nothing of this:
-functions of theirs are wrapped by name.
+For each of them, @FILE has it read from that file every time: it may change while the process runs. Places are "invite"
+and the stages A1 to A5, "keys", "shares", "mask", "survivors", "unmask", when their request comes by, and the further
+ones that `rigged_site` and `rigged_coordinator` name. The programs themselves know nothing of this: functions of theirs
+are wrapped by name.
 """
 
 from __future__ import annotations
@@ -35,8 +34,9 @@ place."""
 
 def skew() -> None:
     """To be called before the program begins."""
-    now, seconds = SystemClock.now, float(os.environ.get("FOEDUS_SKEW", "0"))
-    SystemClock.now = lambda clock: now(clock) + seconds  # type: ignore[method-assign]
+    now = SystemClock.now
+    if "FOEDUS_SKEW" in os.environ:
+        SystemClock.now = lambda clock: now(clock) + float(order("FOEDUS_SKEW") or 0)  # type: ignore[method-assign]
 
 
 def reached(place: str, run_id: int, index: int) -> None:

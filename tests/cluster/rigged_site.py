@@ -27,7 +27,7 @@ from foedus_common.protocol import wire
 from foedus_common.protocol.effects import Answered
 from foedus_common.randomness import system_random
 from known_sites import KnownTrainer
-from rigged import STAGES, after, before, pass_through, reached
+from rigged import STAGES, after, before, pass_through, reached, skew
 
 POINTS = {
     "plan stored": "the plan is in the database, and nothing is decided",
@@ -145,6 +145,7 @@ if __name__ == "__main__":
     rig_training()
     rig_ledger()
     rig_sending()
+    skew()
     if os.environ.get("FOEDUS_KNOWN"):
         Daemon._open_trainer = known_trainer  # type: ignore[assignment,method-assign]
     cli.main()

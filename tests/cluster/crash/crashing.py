@@ -1,11 +1,14 @@
 """Four sites and a coordinator, all of them real processes with known updates in place of training: in each of their
-runs one is killed at a chosen point, started again as a service manager would, and nobody does anything else."""
+runs one is killed at a chosen point and started again as a service manager would, or meets with another trouble there,
+and nobody does anything else."""
 
 from __future__ import annotations
 
 import random
+import resource
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +17,8 @@ from pathlib import Path
 import rigged_coordinator
 import rigged_site
 from foedus_client.policy import SitePolicy
+from foedus_common.certificates import DAY
+from foedus_common.plan import AgreedPlan
 from foedus_server.config import Patience
 from foedus_simulations.parties import until
 from judging import judge, outcome
@@ -25,6 +30,15 @@ COORDINATOR = "coordinator"
 POLICY = SitePolicy(require_approval=False, max_epsilon_per_day=400.0, max_epsilon_lifetime=400.0)
 PATIENCE = Patience(stage_seconds=20, absent_seconds=60, retry_seconds=0.2)
 """So that a site which is started again at once is back in time, also on a busy machine."""
+TROUBLES = {
+    "kill": "kill -9, and a start at once",
+    "disk": "for 3 s whatever is written to the disk fails",
+    "ahead": "for 3 s the clock is a day ahead",
+    "behind": "for 3 s the clock is a day behind",
+}
+LASTS = 3.0
+SMALL_FILE = 16 * 1024
+"""Bytes to which files may still grow on a disk that fails: databases and their logs have long passed them."""
 ROUNDS = 2
 ONLY_IN_THE_FIRST = ("plan stored", "policy checked", "committed")
 """Points of a site that belong to the run and to no round: `rigged_site` says 0."""
@@ -62,31 +76,54 @@ class Federation:
         self._runs = 0
         self._processes = {name: self._start(name) for name in (COORDINATOR, *SITES)}
 
-    def suffer(self, case: Case) -> str:
-        """One run with one crash in it; gives what became of it.
+    def suffer(self, case: Case, trouble: str = "kill") -> str:
+        """One run with one trouble of TROUBLES in it; gives what became of it.
 
         Raises what `judge` raises, or LocalError when the run does not come to its end by itself.
         """
         self._runs += 1
-        run_id, order = self._runs, self._order(case.victim)
+        run_id = self._runs
+        agreed = self._kill(case, run_id) if trouble == "kill" else self._strike(case, run_id, trouble)
+        until(lambda: self.cluster.state(run_id) in ("finished", "failed"), 180, "the run's end")
+        until(lambda: self._heard_of_the_end(run_id), 60, "the sites' hearing of the end")
+        judge(self.cluster, agreed, POLICY)
+        return outcome(self.cluster, run_id)
+
+    def _kill(self, case: Case, run_id: int) -> AgreedPlan:
+        order = self._order("kill", case.victim)
         order.write_text(f"{case.round}:{case.point}:{run_id}")
         agreed = self.cluster.submit(plan_of(rounds=ROUNDS), run_id)
         killed(self._processes[case.victim])
         order.unlink()
         self._processes[case.victim] = self._start(case.victim)
-        self.cluster.await_state(run_id, "finished", seconds=90)
-        until(lambda: self._heard_of_the_end(run_id), 30, "the sites' hearing of the end")
-        judge(self.cluster, agreed, POLICY)
-        return outcome(self.cluster, run_id)
+        return agreed
+
+    def _strike(self, case: Case, run_id: int, trouble: str) -> AgreedPlan:
+        gate = self.cluster.folder / f"gate-{run_id}"
+        self._order("hold", case.victim).write_text(f"{case.round}:{case.point}:{gate}")
+        agreed = self.cluster.submit(plan_of(rounds=ROUNDS), run_id)
+        until(gate.with_name(f"{gate.name}.reached").exists, 60, f"the point {case.point!r}")
+        pid, skew = self._processes[case.victim].pid, self._order("skew", case.victim)
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        if trouble == "disk":
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (SMALL_FILE, before[1]))
+        else:
+            skew.write_text(str(DAY if trouble == "ahead" else -DAY))
+        gate.touch()
+        time.sleep(LASTS)  # this is how long the trouble lasts, and no wait for anything
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+        skew.unlink(missing_ok=True)
+        return agreed
 
     def _heard_of_the_end(self, run_id: int) -> bool:
-        return all(self.cluster.plan_state(name, run_id) == "finished" for name in SITES)
+        return all(self.cluster.plan_state(name, run_id) in ("finished", "stopped") for name in SITES)
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
-        return self.cluster.start(name, FOEDUS_KILL=f"@{self._order(name)}")
+        orders = {f"FOEDUS_{what.upper()}": f"@{self._order(what, name)}" for what in ("kill", "hold", "skew")}
+        return self.cluster.start(name, **orders)
 
-    def _order(self, name: str) -> Path:
-        return self.cluster.folder / f"kill-{name}"
+    def _order(self, what: str, name: str) -> Path:
+        return self.cluster.folder / f"{what}-{name}"
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """`make crash-matrix`: kill -9 at each of 24 points of a run, and what becomes of it; prints points x outcome.
 
-SEEDS="1 2 3" chooses seeds (default: 1 to 5): which of the sites it is, and in which round. DATABASE=sqlite or
-DATABASE=postgresql is the coordinator's (default: both, where PostgreSQL is installed). Exit code 1 when a run did not
-come to its end by itself, or any rule of `judging` was broken; the logs are kept then.
+TROUBLES="disk ahead behind" does something else there than kill -9: for three seconds the disk fails, or the clock is a
+day ahead or behind. SEEDS="1 2 3" chooses seeds (default: 1 to 5): which of the sites it is, and in which round.
+DATABASE=sqlite or DATABASE=postgresql is the coordinator's (default: both, where PostgreSQL is installed). Exit code 1
+when a run did not come to its end by itself, or any rule of `judging` was broken; the logs are kept then.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count, repeat
+from itertools import count, product, repeat
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -23,7 +24,7 @@ from rich.table import Table
 import postgresql
 import rigged_coordinator
 import rigged_site
-from crashing import COORDINATOR, Case, cases, federation
+from crashing import COORDINATOR, TROUBLES, Case, cases, federation
 from foedus_common.terminal import console
 
 DATABASES = ("sqlite", "postgresql")
@@ -31,8 +32,9 @@ DATABASES = ("sqlite", "postgresql")
 
 @dataclass
 class Matrix:
-    """What became of each point, in all the runs so far."""
+    """What became of each point under one trouble, in all the runs so far."""
 
+    trouble: str
     outcomes: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -40,7 +42,8 @@ class Matrix:
         self.outcomes.setdefault((_party(case), case.point), Counter())[outcome] += 1
 
     def table(self) -> Table:
-        table = Table("party", "killed when", "runs", "what became of them", box=None, header_style="bold")
+        title = f"{self.trouble}: {TROUBLES[self.trouble]}"
+        table = Table("party", "when", "runs", "what became of them", title=title, box=None, header_style="bold")
         for (party, point), outcomes in self.outcomes.items():
             meaning = (rigged_coordinator.POINTS if party == COORDINATOR else rigged_site.POINTS)[point]
             became = [f"{count} {outcome}" if len(outcomes) > 1 else outcome for outcome, count in outcomes.items()]
@@ -56,11 +59,12 @@ def suffer_all(matrix: Matrix, seed: int, database: str, urls: Iterator[str], do
             while left:
                 case = left.pop(0)
                 try:
-                    matrix.add(case, four.suffer(case))
+                    matrix.add(case, four.suffer(case, matrix.trouble))
                 except Exception as error:  # whatever it was, the other points are still of interest
                     kept = tempfile.mkdtemp(prefix="crash-matrix-")
                     shutil.copytree(four.cluster.folder / "logs", kept, dirs_exist_ok=True)
-                    matrix.failures.append(f"{database}, seed {seed}, {case}: {type(error).__name__}: {error} ({kept})")
+                    what = f"{matrix.trouble}, {database}, seed {seed}, {case}"
+                    matrix.failures.append(f"{what}: {type(error).__name__}: {error} ({kept})")
                     matrix.add(case, "FAILED")
                     break
                 finally:
@@ -77,31 +81,34 @@ def databases(kind: str) -> Iterator[Iterator[str]]:
         yield (server.database() for _ in count())
 
 
-def chosen() -> tuple[list[int], list[str]]:
-    """Seeds and databases, as the environment says."""
+def chosen() -> tuple[list[str], list[int], list[str]]:
+    """Troubles, seeds and databases, as the environment says."""
+    troubles = os.environ.get("TROUBLES", "kill").split()
     seeds = [int(seed) for seed in os.environ.get("SEEDS", "1 2 3 4 5").split()]
     kinds = [kind for kind in DATABASES if kind == os.environ.get("DATABASE", kind)]
     if "postgresql" in kinds and (reason := postgresql.missing()):
         console.print(f"{reason}, so its half is left out.")
         kinds.remove("postgresql")
-    return seeds, kinds
+    return troubles, seeds, kinds
 
 
 def main() -> int:
-    seeds, kinds = chosen()
-    matrix = Matrix()
+    troubles, seeds, kinds = chosen()
+    matrices = [Matrix(trouble) for trouble in troubles]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("kill -9", total=len(kinds) * sum(len(cases(seed)) for seed in seeds))
-        for kind in kinds:
+        total = len(troubles) * len(kinds) * sum(len(cases(seed)) for seed in seeds)
+        task = progress.add_task("", total=total)
+        for matrix, kind in product(matrices, kinds):
             with databases(kind) as urls:
                 for seed in seeds:
-                    progress.update(task, description=f"kill -9, {kind}, seed {seed}")
+                    progress.update(task, description=f"{matrix.trouble}, {kind}, seed {seed}")
                     suffer_all(matrix, seed, kind, urls, lambda: progress.advance(task))
-    console.print(matrix.table())
-    for failure in matrix.failures:
-        console.print(failure, style="red", markup=False)
-    return int(bool(matrix.failures) or not matrix.outcomes)
+    for matrix in matrices:
+        console.print(matrix.table())
+        for failure in matrix.failures:
+            console.print(failure, style="red", markup=False)
+    return int(any(matrix.failures or not matrix.outcomes for matrix in matrices))
 
 
 def _party(case: Case) -> str:
