@@ -303,17 +303,25 @@ class _Conductor:
         self._show()
 
     def tell_end(self, end: m.End) -> None:
-        """Best effort: a site that is away for long keeps what it had set aside until it withdraws."""
-        deadline = self._coordinator.clock.monotonic() + self._coordinator.patience.absent_seconds
-        sites = self._members()
-        ids = self._push("query.end", {site: m.RunEnded(end) for site in sites})
+        """Best effort: a site that is away for long, or whose disk stays full, keeps what it had set aside until it
+        withdraws."""
+        clock, patience = self._coordinator.clock, self._coordinator.patience
+        deadline = clock.monotonic() + patience.absent_seconds
+        again = clock.monotonic() + patience.retry_seconds
+        unheard = self._push("query.end", dict.fromkeys(self._members(), m.RunEnded(end)))
+        failed: set[str] = set()
         for _ in range(2):  # the second time each side signs the last that it was shown
             self._show_heads()
-            while self._heads and self._coordinator.clock.monotonic() < deadline:
+            while (self._heads or unheard or failed) and clock.monotonic() < deadline:
                 self._take_heads()
-                if self._heads:
+                for reply in self._grid.pull_messages(list(unheard)):
+                    site = unheard.pop(reply.metadata.reply_to_message_id)
+                    failed |= {site} if reply.has_error() else set()
+                if failed and clock.monotonic() >= again:
+                    unheard |= self._push("query.end", dict.fromkeys(failed, m.RunEnded(end)))
+                    failed, again = set(), clock.monotonic() + patience.retry_seconds
+                if self._heads or unheard or failed:
                     self._grid.wait(LOOK_SECONDS)
-        self._grid.pull_messages(ids)
 
     def _show_heads(self) -> None:
         """To the sites that take part; their answers are taken when there is time."""
