@@ -84,7 +84,7 @@ clean:
 adversary: $(READY)
 	@$(BIN)/python tests/adversary/table.py
 
-# Mutated inputs for every parser that faces the network or a file; N=1000 for a quick look.
+# Mutated inputs for every parser that faces the network or a file: about an hour on two cores; N=10000 for a quick look.
 .PHONY: fuzz
 N ?= 1000000
 fuzz: $(READY)
