@@ -38,7 +38,7 @@ ROUNDS = 8
 def tiny_specimen_of_site(folder: Path, seed: int) -> Specimen:
     """Two phases of `ROUNDS` rounds, whose updates are all longer than the clip."""
     rounds = {"phase__0__rounds": ROUNDS, "phase__1__rounds": ROUNDS, "phase__1__head_scale": 2.0}
-    agreed = dataclasses.replace(tiny_agreed(folder, **(by_site() | rounds)), noise_multipliers=(0.5, 0.5))
+    agreed = dataclasses.replace(tiny_agreed(folder, **(by_site() | rounds)), noise_multipliers=(0.1, 0.1))
     classifier = TextClassifier.load(folder, agreed.plan, dtype="float32")
     return Specimen(LocalTrainer(classifier, agreed, rows(8)), agreed, random_adapter(classifier, seed))
 
