@@ -85,6 +85,8 @@ class Federation:
         run_id = self._runs
         agreed = self._kill(case, run_id) if trouble == "kill" else self._strike(case, run_id, trouble)
         until(lambda: self.cluster.state(run_id) in ("finished", "failed"), 180, "the run's end")
+        state = self.cluster.state(run_id)
+        assert state == "finished" or trouble != "kill", f"the run {state}: {self.cluster.attempts(run_id)}"
         until(lambda: self._heard_of_the_end(run_id), 60, "the sites' hearing of the end")
         judge(self.cluster, agreed, POLICY)
         return outcome(self.cluster, run_id)
