@@ -37,6 +37,7 @@ from foedus_common.randomness import RandomBytes
 MIN_FIELD_BITS, MAX_FIELD_BITS = 8, 32
 MIN_SCALE, MAX_SCALE = 1e-100, 1e100
 _BLOCK = 64 * 1024
+_ZEROS = memoryview(bytes(4 * _BLOCK))
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -100,9 +101,10 @@ class FieldLayout:
 
         def fill(first: int, last: int) -> None:
             """The fields of these words, plane by plane: no other part writes there."""
+            scratch = _Scratch()
             for plane in range(self._fields_per_word):
                 field = plane * self.words - 1
-                for part, steps in self._rounded(vector, key, max(field + first, 0), field + last):
+                for part, steps in self._rounded(vector, key, max(field + first, 0), field + last, scratch):
                     self._place(words, part, steps)
 
         self._require_shape(vector)
@@ -119,7 +121,7 @@ class FieldLayout:
         """
         self._require_shape(vector)
         integers = np.empty(self.dimension, dtype=np.int64)
-        for part, steps in self._rounded(vector, random(32), 0, self.dimension):
+        for part, steps in self._rounded(vector, random(32), 0, self.dimension, _Scratch()):
             integers[part] = steps
         return integers
 
@@ -143,14 +145,13 @@ class FieldLayout:
         return words
 
     def _rounded(
-        self, vector: npt.NDArray[np.floating], key: bytes, start: int, stop: int
+        self, vector: npt.NDArray[np.floating], key: bytes, start: int, stop: int, scratch: _Scratch
     ) -> Iterator[tuple[slice, Integers]]:
         """Blocks of coordinates start..stop as integers, in a buffer that the next block overwrites."""
         coins = Cipher(AES256(key), CTR((start // 4).to_bytes(16, "big"))).encryptor()
         coins.update(bytes(4 * (start % 4)))  # a block of AES has four coins
-        zeros, keystream = memoryview(bytes(4 * _BLOCK)), bytearray(4 * _BLOCK)
+        keystream, scaled, steps = scratch.keystream, scratch.scaled, scratch.steps
         coin = np.frombuffer(keystream, dtype="<u4")
-        scaled, steps = np.empty(_BLOCK, dtype=np.float64), np.empty(_BLOCK, dtype=np.int64)
         for part, scale in self._blocks(start, stop):
             values = vector[part]
             count = len(values)
@@ -161,7 +162,7 @@ class FieldLayout:
                 )
             np.multiply(values, self._factor(scale), out=scaled[:count], dtype=np.float64)
             np.copyto(steps[:count], scaled[:count], casting="unsafe")
-            coins.update_into(zeros[: 4 * count], keystream)
+            coins.update_into(_ZEROS[: 4 * count], keystream)
             steps[:count] += coin[:count]
             steps[:count] >>= 32
             yield part, steps[:count]
@@ -243,3 +244,12 @@ class FieldLayout:
             begin, end = end, end + length
             for low in range(max(begin, start), min(end, stop), _BLOCK):
                 yield slice(low, min(low + _BLOCK, end, stop)), scale
+
+
+class _Scratch:
+    """Room for a block, used again for every block of one thread."""
+
+    def __init__(self) -> None:
+        self.keystream = bytearray(4 * _BLOCK)
+        self.scaled = np.empty(_BLOCK, dtype=np.float64)
+        self.steps = np.empty(_BLOCK, dtype=np.int64)
