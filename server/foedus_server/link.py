@@ -151,19 +151,31 @@ class LinkServer:
         self._servers = [link, enrolment]
 
     def _credentials(self, require_client_authentication: bool) -> grpc.ServerCredentials:
-        """Asked for what to show at every handshake."""
+        """Asked for what to show at every handshake; the answer None says that it is what was shown before.
 
-        def shown() -> grpc.ServerCertificateConfiguration:
-            pair = [(self._tls.private_key, self._tls.certificate)]
-            return grpc.ssl_server_certificate_configuration(pair, self._tls.authority)
+        Only a change may be answered with a configuration: gRPC exchanges what handshakes are made with while others
+        may be using it, and one exchange for each handshake crashes the process when a few sites come at once.
+        """
+        shown = self._tls
 
-        return grpc.dynamic_ssl_server_credentials(shown(), shown, require_client_authentication)
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal shown
+            if shown == self._tls:
+                return None
+            shown = self._tls
+            return _configuration(shown)
+
+        return grpc.dynamic_ssl_server_credentials(_configuration(shown), changed, require_client_authentication)
 
     async def _close(self, grace: float) -> None:
         # Streams first: `stop` would wait for them through the whole grace.
         self._service.end_all_streams()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
         self._servers = []
+
+
+def _configuration(tls: TlsIdentity) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(tls.private_key, tls.certificate)], tls.authority)
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> str:
