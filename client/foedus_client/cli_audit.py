@@ -14,7 +14,8 @@ from foedus_client.ledger import KEY as LEDGER_KEY
 from foedus_client.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common import audit_page
-from foedus_common.checkpoints import accept_losses, heads_in, read_sheet
+from foedus_common.checkpoints import MAX_SHEET_BYTES, accept_losses, heads_in
+from foedus_common.private_files import read_limited
 from foedus_common.terminal import Json
 
 audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened here.")
@@ -27,7 +28,7 @@ def audit_verify(context: typer.Context, against: audit_page.Against = None, as_
     name = json.loads(store.meta("site.joined") or "{}").get("site", "")
     found = verify(store, ledger, name, public_key)
     if against is not None:
-        shown = heads_in(read_sheet(against), name, ledger.keys(public_key))
+        shown = heads_in(read_limited(against, MAX_SHEET_BYTES), name, ledger.keys(public_key))
         found = verify(store, ledger, name, public_key, shown)
     more = {"entries of the ledger": found.ledger.number, "heads kept of the coordinator": found.coordinator}
     audit_page.show_verified(found.journal, more, as_json)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from foedus_common.canonical import labelled
@@ -247,18 +246,6 @@ def sheet(party: str, heads: Iterable[Head]) -> bytes:
         for head in heads
     ]
     return json.dumps({"party": party, "heads": rows}, indent=1).encode()
-
-
-def read_sheet(file: Path) -> bytes:
-    """Raises LocalError when the file cannot be read or is too large to be one."""
-    try:
-        with file.open("rb") as source:
-            text = source.read(MAX_SHEET_BYTES + 1)
-    except OSError as error:
-        raise LocalError(f"{file} cannot be read: {error.strerror}.") from None
-    if len(text) > MAX_SHEET_BYTES:
-        raise LocalError(f"{file} is larger than the {MAX_SHEET_BYTES} bytes that a list of heads can have.")
-    return text
 
 
 def heads_in(text: bytes, owner: str, keys: Iterable[bytes]) -> list[Head]:

@@ -53,8 +53,14 @@ def read_private(path: Path, limit: int) -> bytes:
     Raises:
         LocalError: it is missing, others can read it, or it is longer than `limit` bytes.
     """
+    data = read_limited(path, limit)
+    _refuse_shared(path, "600")
+    return data
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The bytes of any small file. Raises LocalError when it cannot be read, or is longer than `limit` bytes."""
     try:
-        _refuse_shared(path, "600")
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:

@@ -34,6 +34,7 @@ from foedus_common.identity import (
     read_key,
     read_public_key,
 )
+from foedus_common.private_files import read_limited
 from foedus_common.randomness import system_random
 from foedus_common.terminal import Json, console, errors, print_facts, print_json, print_table
 from foedus_server import config
@@ -392,18 +393,6 @@ def _show_roster(roster: Roster, as_json: bool) -> None:
     print_facts({"epoch": roster.epoch, "not after": iso(roster.not_after)})
     rows = [(site.name, site.org, fingerprint(site.public_key)) for site in roster.sites]
     print_table(["site", "organisation", "fingerprint"], rows, "No site is in it.")
-
-
-def read_limited(path: Path, limit: int) -> bytes:
-    """A small file. Raises LocalError when it cannot be read or is larger than `limit` bytes."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise LocalError(f"{path} cannot be read: {error.strerror}.") from None
-    if len(data) > limit:
-        raise LocalError(f"{path} is larger than the {limit} bytes that such a file can have.")
-    return data
 
 
 def main() -> NoReturn:

@@ -7,7 +7,8 @@ import getpass
 import typer
 
 from foedus_common import audit_page
-from foedus_common.checkpoints import accept_losses, heads_in, read_sheet
+from foedus_common.checkpoints import MAX_SHEET_BYTES, accept_losses, heads_in
+from foedus_common.private_files import read_limited
 from foedus_common.protocol.wire import COORDINATOR
 from foedus_common.terminal import Json
 from foedus_server.audit import notary, verify
@@ -21,7 +22,7 @@ def audit_verify(context: typer.Context, against: audit_page.Against = None, as_
     """Check the journal entry by entry, and against every head that was signed; names the first bad entry."""
     acting = operator(context)
     keys = [notary(acting.home, acting.store).public_key]
-    sheet = [] if against is None else heads_in(read_sheet(against), COORDINATOR, keys)
+    sheet = [] if against is None else heads_in(read_limited(against, MAX_SHEET_BYTES), COORDINATOR, keys)
     audit_page.show_verified(verify(acting.home, acting.store, sheet), {}, as_json)
 
 

@@ -123,9 +123,11 @@ class TextClassifier:
             result = torch.empty(len(rows), self.spec.tensors[0].shape[1], device=self.device)
             done = 0
             with torch.no_grad():
-                compute = lambda batch: self.pooled(*rows.inputs(batch)).to(result.dtype)  # noqa: E731
-                for batch, pooled in self.batches.each(rows, np.arange(len(rows)), compute):
-                    result[torch.from_numpy(batch)] = pooled
+                everything = np.arange(len(rows))
+                for batch, pooled in self.batches.each(
+                    rows, everything, lambda batch: self.pooled(*rows.inputs(batch))
+                ):
+                    result[torch.from_numpy(batch)] = pooled.to(result.dtype)
                     done += len(batch)
                     progress("features", done, len(rows))
             rows.features = {key: result}
