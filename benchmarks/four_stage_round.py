@@ -11,9 +11,9 @@ import time
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from foedus_client.link import SiteLink
+from foedus_client.link.site_link import SiteLink
 from foedus_common.objects import ObjectStore
-from foedus_server.link import SiteGrid
+from foedus_server.link.grid import SiteGrid
 from report import report
 from sites import body, connected_sites, reply_with
 

@@ -13,9 +13,9 @@ import time
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from foedus_client.link import SiteLink
+from foedus_client.link.site_link import SiteLink
 from foedus_common.objects import ObjectRef, ObjectStore
-from foedus_server.link import body_of
+from foedus_server.link.grid import body_of
 from report import report
 from resident import begin_anew, memory
 from sites import body, connected_sites, reply_with

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from flwr.clientapp import ClientApp
 
-from foedus_client.link import SiteLink
+from foedus_client.link.site_link import SiteLink
 from foedus_common.link.contents import context_of
 from foedus_common.link.transport import TlsIdentity
 from foedus_common.objects import ObjectStore
-from foedus_server.link import LinkServer
+from foedus_server.link.grid import LinkServer
 from loopback import Federation, body, reply_with
 
 __all__ = ["body", "connected_sites", "reply_with"]

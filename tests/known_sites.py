@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from foedus_client.daemon import Daemon
 from foedus_client.data import survey
 from foedus_client.enrol import Membership, join
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common.adapters import AdapterSpec, Tensors, TensorSpec, load_adapter, save_adapter
 from foedus_common.canonical import sha256_hex

@@ -19,12 +19,12 @@ from cryptography.x509.oid import NameOID
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from foedus_client.link import LinkState, SiteLink
+from foedus_client.link.site_link import LinkState, SiteLink
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.contents import content_of, context_of
 from foedus_common.link.transport import CHANNEL_OPTIONS, Timing, TlsIdentity
 from foedus_common.objects import ObjectStore
-from foedus_server.link import LinkServer
+from foedus_server.link.grid import LinkServer
 
 RUN = 4711
 

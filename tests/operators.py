@@ -12,7 +12,7 @@ from foedus_common.clock import Clock, ManualClock
 from foedus_common.enrolment import EnrolReply, EnrolRequest, Token, reply_from_bytes
 from foedus_common.identity import Roster, generate_key, public_bytes
 from foedus_server.config import Settings, init
-from foedus_server.registry import Registry
+from foedus_server.members.registry import Registry
 from seeded import seeded
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from foedus_client import audit as site_audit
-from foedus_client.accounts import Budget
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.accounts import Budget
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
 from foedus_common.journal import BrokenChain

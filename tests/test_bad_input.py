@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from foedus_client import cli as site_cli
-from foedus_client import link
+from foedus_client.cli import site as site_cli
 from foedus_client.config import SiteHome, SiteSettings
+from foedus_client.link import site_link as link
 from foedus_client.store import SiteStore
 from foedus_common.clock import SystemClock
 from foedus_common.model_folder import manifest_sha256
-from foedus_server import cli as operator_cli
+from foedus_server.cli import operator as operator_cli
 from foedus_server.config import Link, Settings
 from foedus_simulations.parties import OPERATOR, SITE, Party, free_ports
 from known_sites import join_site, write_rows

@@ -36,7 +36,7 @@ each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAMPLES: dict[str, type] = {"plan": RunPlan, "coordinator": Settings, "site": SiteSettings}
-PROGRAMS = {"foedus": "foedus_server.cli", "foedus-site": "foedus_client.cli"}
+PROGRAMS = {"foedus": "foedus_server.cli.operator", "foedus-site": "foedus_client.cli.site"}
 
 
 def fences(path: Path) -> list[tuple[str, str]]:

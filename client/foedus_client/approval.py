@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from foedus_client.accounts import Account, Commitment
 from foedus_client.data import foreign_labels
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.accounts import Account, Commitment
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import Allowed, Facts, Refused, SitePolicy, capped, decide
 from foedus_client.store import SiteStore, StoredPlan
 from foedus_common.errors import LocalError, PolicyRefusal

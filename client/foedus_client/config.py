@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from foedus_client.high_water import HighWater
+from foedus_client.ledger.high_water import HighWater
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
 from foedus_common.certificates import read_authorities

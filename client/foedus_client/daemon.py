@@ -13,15 +13,15 @@ from pathlib import Path
 
 from foedus_client.app import client_app
 from foedus_client.audit import note_standing
-from foedus_client.condition import Condition
+from foedus_client.cli.condition import Condition
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
-from foedus_client.high_water import mark_name
-from foedus_client.ledger import Ledger
-from foedus_client.link import LinkState, SiteLink, enrol
-from foedus_client.renewal import Renewal
+from foedus_client.ledger.high_water import mark_name
+from foedus_client.ledger.ledger import Ledger
+from foedus_client.link.renewal import Renewal
+from foedus_client.link.site_link import LinkState, SiteLink, enrol
 from foedus_client.round import Site, SiteRounds
-from foedus_client.trainer_process import TrainerProcess, TrainerSettings
+from foedus_client.training.process import TrainerProcess, TrainerSettings
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
 from foedus_common.link.contents import context_of

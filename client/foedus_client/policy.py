@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from foedus_client.accounts import Account, Budget, Commitment, beyond
+from foedus_client.ledger.accounts import Account, Budget, Commitment, beyond
 from foedus_common.errors import LocalError
 from foedus_common.plan import TRAINER_VERSION, AgreedPlan
 from foedus_common.privacy import accounting

@@ -25,10 +25,10 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from foedus_client.accounts import Commitment
 from foedus_client.approval import Approval
 from foedus_client.audit import notary, note_roster
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.accounts import Commitment
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
 from foedus_common.clock import Clock
@@ -65,7 +65,7 @@ class Trainer(Protocol):
 
 
 class Courier(Protocol):
-    """Moves objects between this site and the coordinator (`foedus_client.link.SiteLink`)."""
+    """Moves objects between this site and the coordinator (`foedus_client.link.site_link.SiteLink`)."""
 
     def fetch(self, run_id: int, ref: ObjectRef) -> Path: ...
     def push(self, run_id: int, ref: ObjectRef) -> None: ...

@@ -41,7 +41,7 @@ STAGE_NAMES = ("keys", "shares", "masked input", "consistency", "unmasking")
 class RoundGrid(Protocol):
     """What a round needs of a Flower Grid, and beyond it: waiting, sites by name, and objects.
 
-    `foedus_server.link.SiteGrid` is one, and so is the simulations' grid.
+    `foedus_server.link.grid.SiteGrid` is one, and so is the simulations' grid.
     """
 
     def push_messages(self, messages: Iterable[Any]) -> Iterable[str]: ...

@@ -26,7 +26,7 @@ from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_server.aggregation import ServerOptimizer
 from foedus_server.config import Patience
-from foedus_server.link import LinkStopping
+from foedus_server.link.grid import LinkStopping
 from foedus_server.rounds import STAGE_NAMES, Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
 from foedus_server.store import Attempt, DatabaseAway, Run, RunState, Store
 

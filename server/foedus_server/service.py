@@ -21,8 +21,8 @@ from foedus_common.terms import field_layout
 from foedus_server.app import server_app
 from foedus_server.audit import notary
 from foedus_server.config import Home
-from foedus_server.link import LinkServer, LinkStopping
-from foedus_server.registry import ApprovedSites, Registry
+from foedus_server.link.grid import LinkServer, LinkStopping
+from foedus_server.members.registry import ApprovedSites, Registry
 from foedus_server.runs import UNDER_WAY, Coordinator
 from foedus_server.store import DatabaseAway, Run
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from foedus_client.accounts import Account
 from foedus_client.app import client_app
 from foedus_client.data import survey
 from foedus_client.enrol import Membership, join
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.accounts import Account
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.round import Site, SiteRounds
 from foedus_client.store import SiteStore
@@ -37,7 +37,7 @@ from foedus_server.app import server_app
 from foedus_server.audit import notary
 from foedus_server.commands import Operator
 from foedus_server.config import Patience
-from foedus_server.registry import Registry
+from foedus_server.members.registry import Registry
 from foedus_server.runs import Coordinator
 from foedus_server.store import Attempt
 from foedus_simulations.corpora import Row, write_csv

@@ -73,7 +73,7 @@ class InProcessGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         return self.pull_messages(self.push_messages(messages))
 
-    # Beyond it, as `foedus_server.link.SiteGrid`
+    # Beyond it, as `foedus_server.link.grid.SiteGrid`
 
     def message(self, site: str, message_type: str, body: bytes, *, ttl: float) -> Message:
         return self._message(content_of(body), message_type, node_id(site))

@@ -37,8 +37,8 @@ from foedus_common.protocol.site_stages import Outbox, SiteState
 from foedus_common.protocol.thresholds import PeerRule, thresholds
 from foedus_common.terms import protocol_roster, round_terms
 from foedus_server.config import Link, Settings
-from foedus_server.link import LinkServer, SiteGrid
-from foedus_server.registry import ApprovedSites
+from foedus_server.link.grid import LinkServer, SiteGrid
+from foedus_server.members.registry import ApprovedSites
 from foedus_server.rounds import STAGE_TYPES
 from foedus_simulations.parties import free_ports, until
 from known_sites import FIRST, SPEC, KnownDaemon, join_site, plan_of, submit

@@ -12,7 +12,7 @@ from dp_accounting import get_sigma_gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foedus_client.accounts import Account, Budget, Charge, Commitment, Run
+from foedus_client.ledger.accounts import Account, Budget, Charge, Commitment, Run
 from foedus_common.privacy import accounting
 from foedus_common.privacy.accounting import GaussianSteps
 from plans import agreed_plan

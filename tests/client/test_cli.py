@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from foedus_client import cli
+from foedus_client.cli import site as cli
 from foedus_client.config import SiteHome, SiteSettings
 from foedus_client.enrol import Membership, join
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common.clock import SystemClock
 from foedus_common.objects import ObjectRef, ObjectStore
@@ -28,8 +28,8 @@ from foedus_common.plan import AgreedPlan, schedule
 from foedus_common.protocol.messages import VectorRef
 from foedus_common.terms import round_terms
 from foedus_server.config import Link, Settings
-from foedus_server.link import LinkServer
-from foedus_server.registry import ApprovedSites
+from foedus_server.link.grid import LinkServer
+from foedus_server.members.registry import ApprovedSites
 from foedus_simulations.parties import SITE, Party, free_ports
 from known_sites import MODEL, join_site
 from operators import Operator

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from foedus_client import doctor
-from foedus_client.accounts import Budget
+from foedus_client.cli import doctor
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
-from foedus_client.high_water import HighWater, Mark, mark_name
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.accounts import Budget
+from foedus_client.ledger.high_water import HighWater, Mark, mark_name
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common.certificates import DAY
 from foedus_common.checks import Finding

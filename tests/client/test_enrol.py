@@ -16,7 +16,7 @@ from foedus_common.enrolment import Refused, Token, reply_to_bytes
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import Roster, RosterSite, SignedRoster, generate_key
 from foedus_common.private_files import replace_private
-from foedus_server.registry import ApprovedSites
+from foedus_server.members.registry import ApprovedSites
 from operators import Operator
 from seeded import seeded
 

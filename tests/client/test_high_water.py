@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from foedus_client.accounts import Budget
 from foedus_client.data import survey
-from foedus_client.high_water import HighWater, Mark, mark_name, state_folder
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.accounts import Budget
+from foedus_client.ledger.high_water import HighWater, Mark, mark_name, state_folder
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError

@@ -20,9 +20,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from foedus_client.accounts import Budget
 from foedus_client.data import Survey, survey
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.accounts import Budget
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError, PolicyRefusal
@@ -141,7 +141,7 @@ def test_a_charge_survives_the_death_of_the_process(ledger: Ledger, store: SiteS
     script = """
 import os, signal, sys
 from pathlib import Path
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common.clock import ManualClock
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from foedus_client.ledger_chart import HEIGHT, WIDTH, chart
+from foedus_client.ledger.chart import HEIGHT, WIDTH, chart
 
 HOUR = 3600.0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from foedus_client.accounts import Account, Charge, Commitment, Run
+from foedus_client.ledger.accounts import Account, Charge, Commitment, Run
 from foedus_client.policy import Allowed, Facts, Refused, SitePolicy, capped, decide
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan

@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from foedus_client.approval import Approval
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.round import Site, SiteRounds
 from foedus_client.store import SiteStore

@@ -23,10 +23,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoTokenizer
 
-from foedus_client import trainer as trainer_module
-from foedus_client import trainer_process
-from foedus_client.trainer import Trainer, answering_errors
-from foedus_client.trainer_process import TrainerProcess, TrainerSettings, read_message, write_message
+from foedus_client.training import process as trainer_process
+from foedus_client.training import trainer as trainer_module
+from foedus_client.training.process import TrainerProcess, TrainerSettings, read_message, write_message
+from foedus_client.training.trainer import Trainer, answering_errors
 from foedus_common.adapters import AdapterSpec, save_adapter
 from foedus_common.canonical import sha256_hex
 from foedus_common.errors import LocalError
@@ -298,5 +298,5 @@ def test_messages_survive_the_pipe() -> None:
 
 
 def test_the_parents_side_has_no_torch() -> None:
-    code = "import sys, foedus_client.trainer_process; sys.exit('torch' in sys.modules)"
+    code = "import sys, foedus_client.training.process; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,10 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from foedus_client.accounts import Commitment
 from foedus_client.audit import verify as verify_site
 from foedus_client.enrol import Membership
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.accounts import Commitment
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
 from foedus_common.plan import AgreedPlan

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foedus_client.config import SiteHome, SiteSettings
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
 from foedus_common.clock import Clock, SystemClock

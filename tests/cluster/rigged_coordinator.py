@@ -11,8 +11,8 @@ from typing import Any
 from foedus_common.link.contents import body_of
 from foedus_common.protocol import wire
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession
-from foedus_server import cli
-from foedus_server.link import SiteGrid
+from foedus_server.cli import operator as cli
+from foedus_server.link.grid import SiteGrid
 from foedus_server.rounds import Committed, Round
 from foedus_server.store.database import Database
 from foedus_server.store.runs import Runs

@@ -13,12 +13,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from foedus_client import cli
 from foedus_client import round as site_round
 from foedus_client.approval import Approval
+from foedus_client.cli import site as cli
 from foedus_client.daemon import Daemon
-from foedus_client.ledger import Ledger
-from foedus_client.link import SiteLink
+from foedus_client.ledger.ledger import Ledger
+from foedus_client.link.site_link import SiteLink
 from foedus_client.round import SiteRounds
 from foedus_client.store import SiteStore
 from foedus_common.plan import AgreedPlan

@@ -380,14 +380,14 @@ def test_nothing_that_was_received_is_executed(finished: Federation, events: lis
 
 def test_a_site_starts_its_trainer_and_nothing_else(finished: Federation, events: list[list[Any]]) -> None:
     started = [what for _, event, *what in events if event in STARTING]
-    assert started == [[sys.executable, str([sys.executable, "-m", "foedus_client.trainer"])]]
+    assert started == [[sys.executable, str([sys.executable, "-m", "foedus_client.training.trainer"])]]
 
 
 def test_the_audit_saw_the_round(finished: Federation, events: list[list[Any]]) -> None:
     """Or the two tests above would show nothing."""
     executed = {what[0] for _, event, *what in events if event == "exec"}
     opened = {what[0] for _, event, *what in events if event == "open"}
-    for module in ("client/foedus_client/round.py", "client/foedus_client/trainer.py"):
+    for module in ("client/foedus_client/round.py", "client/foedus_client/training/trainer.py"):
         assert str(TESTS.parent / module) in executed
     assert any("/objects/" in path for path in opened)
     assert f"{finished.folder}/{AUDITED}.csv" in opened

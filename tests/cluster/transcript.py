@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from foedus_client import daemon as daemon_module
 from foedus_client.config import SiteHome, SiteSettings
 from foedus_client.daemon import Daemon
-from foedus_client.link import SiteLink
+from foedus_client.link.site_link import SiteLink
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
-from foedus_client.trainer_process import TrainerProcess
+from foedus_client.training.process import TrainerProcess
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.plan import AgreedPlan, RoundPlan
 from foedus_common.protocol import messages as m

@@ -25,8 +25,8 @@ from google.protobuf.message import DecodeError
 
 from foedus_client.config import SiteSettings
 from foedus_client.data import read_rows
-from foedus_client.high_water import HighWater
-from foedus_client.trainer_process import read_message
+from foedus_client.ledger.high_water import HighWater
+from foedus_client.training.process import read_message
 from foedus_common import certificates, checkpoints, enrolment, identity, journal, model_folder
 from foedus_common.adapters import AdapterSpec, TensorSpec, load_adapter, parse_spec, save_adapter
 from foedus_common.backup import restore_backup, write_backup

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from cryptography import x509
 
-from foedus_client.link import LinkState, admission
+from foedus_client.link.site_link import LinkState, admission
 from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, TlsIdentity

@@ -28,8 +28,8 @@ from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.transport import CHANNEL_OPTIONS, TlsIdentity
 from foedus_common.objects import ObjectStore
 from foedus_common.randomness import system_random
-from foedus_server.link import LinkServer
-from foedus_server.registry import ApprovedSites
+from foedus_server.link.grid import LinkServer
+from foedus_server.members.registry import ApprovedSites
 from operators import Applicant, Operator
 
 CLOCK = SystemClock()

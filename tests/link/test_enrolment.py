@@ -7,13 +7,13 @@ from collections import deque
 import grpc
 import pytest
 
-from foedus_client.link import enrol
+from foedus_client.link.site_link import enrol
 from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.transport import MAX_ENROL_BODY
-from foedus_server.link_service import RateLimit
+from foedus_server.link.service import RateLimit
 from foedus_server.store import DatabaseAway
 from loopback import Authority, Federation
 

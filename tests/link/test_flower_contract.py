@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from foedus_common.link.contents import body_of, content_of
-from foedus_server.link import SiteGrid
+from foedus_server.link.grid import SiteGrid
 
 STAGES = [
     "query.propose",

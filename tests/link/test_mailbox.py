@@ -12,7 +12,7 @@ from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError, RemoteError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.objects import ObjectRef, ObjectStore
-from foedus_server.mailbox import Mailbox, RunFiles
+from foedus_server.link.mailbox import Mailbox, RunFiles
 
 NOW = 1_800_000_000.0
 

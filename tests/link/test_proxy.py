@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from connect_proxy import ConnectProxy
-from foedus_client.link import LinkState, admission, enrol
+from foedus_client.link.site_link import LinkState, admission, enrol
 from foedus_common.errors import LocalError
 from foedus_common.link.transport import check_proxy, proxy_for
 from loopback import Federation

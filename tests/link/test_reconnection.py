@@ -10,11 +10,11 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from foedus_client.link import LinkState
+from foedus_client.link.site_link import LinkState
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.contents import body_of
 from foedus_common.link.transport import PROTOCOL_VERSION, Timing
-from foedus_server.link import SiteGrid
+from foedus_server.link.grid import SiteGrid
 from loopback import RUN, Federation, body, reply_with
 
 

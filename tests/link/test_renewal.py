@@ -18,8 +18,8 @@ from cryptography.x509 import load_pem_x509_certificate
 from foedus_client.config import SiteHome
 from foedus_client.daemon import serve
 from foedus_client.enrol import Membership, join
-from foedus_client.ledger import KEY
-from foedus_client.link import admission
+from foedus_client.ledger.ledger import KEY
+from foedus_client.link.site_link import admission
 from foedus_client.store import SiteStore
 from foedus_common.certificates import DAY, fingerprint_of, pem
 from foedus_common.clock import SystemClock

@@ -12,11 +12,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from foedus_client.link import LinkState
+from foedus_client.link.site_link import LinkState
 from foedus_common.errors import LocalError
 from foedus_common.link.contents import body_of, content_of, context_of
 from foedus_common.link.transport import MAX_BODY, node_id
-from foedus_server.link import SITE_FAILED, LinkStopping, SiteGrid
+from foedus_server.link.grid import SITE_FAILED, LinkStopping, SiteGrid
 from loopback import RUN, Federation, body, reply_with
 
 
@@ -202,7 +202,7 @@ def test_a_port_in_use_is_one_sentence(federation: Federation) -> None:
         federation.coordinator()
 
 
-@pytest.mark.parametrize("module", ["foedus_server.link", "foedus_client.link"])
+@pytest.mark.parametrize("module", ["foedus_server.link.grid", "foedus_client.link.site_link"])
 def test_flower_is_silenced_before_it_is_imported(module: str) -> None:
     code = f"import {module}, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
     clean = {key: value for key, value in os.environ.items() if not key.startswith("FLWR")}

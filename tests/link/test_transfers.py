@@ -11,12 +11,12 @@ from contextlib import closing
 import grpc
 import pytest
 
-from foedus_client.link import LinkState, SiteLink
+from foedus_client.link.site_link import LinkState, SiteLink
 from foedus_common.errors import LocalError, RemoteError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK
 from foedus_common.objects import ObjectRef, ObjectStore
-from foedus_server.link import LinkServer, SiteGrid
+from foedus_server.link.grid import LinkServer, SiteGrid
 from loopback import RUN, Federation
 from proxy import DOWN, UP, Proxy
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from cryptography.x509 import IPAddress
 
-from foedus_client import link as link_client
 from foedus_client.config import SiteHome, SiteSettings
 from foedus_client.enrol import join
-from foedus_client.link import LinkState, SiteLink
+from foedus_client.link import site_link as link_client
+from foedus_client.link.site_link import LinkState, SiteLink
 from foedus_common.clock import SystemClock
 from foedus_common.enrolment import decode_token
 from foedus_common.errors import LocalError
@@ -26,8 +26,8 @@ from foedus_common.link.transport import TlsIdentity
 from foedus_common.objects import ObjectStore
 from foedus_common.private_files import create_private
 from foedus_server.config import Link
-from foedus_server.link import LinkServer
-from foedus_server.registry import ApprovedSites
+from foedus_server.link.grid import LinkServer
+from foedus_server.members.registry import ApprovedSites
 from loopback import Authority as LoopbackAuthority
 from loopback import Federation, States, echo
 from operators import Operator

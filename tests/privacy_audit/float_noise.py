@@ -18,7 +18,7 @@ from privacy_audit.verdicts import Verdict
 
 ROOT = Path(__file__).parents[2]
 COMMON = ROOT / "common"
-TRAINER = ROOT / "client" / "foedus_client" / "trainer.py"
+TRAINER = ROOT / "client" / "foedus_client" / "training" / "trainer.py"
 PLACES = ("foedus_common/privacy", "foedus_common/tasks")
 
 MODULES_OF_CHANCE = ("random", "secrets")

@@ -20,8 +20,8 @@ from foedus_common.checkpoints import sheet
 from foedus_common.clock import SystemClock, iso
 from foedus_common.enrolment import decode_token
 from foedus_common.identity import fingerprint
-from foedus_server import cli
 from foedus_server.audit import notary
+from foedus_server.cli import operator as cli
 from foedus_server.config import Link, Settings
 from foedus_simulations.parties import OPERATOR, Party, free_ports
 from known_sites import plan_of, submit

@@ -14,10 +14,10 @@ from foedus_common.certificates import DAY
 from foedus_common.checks import Finding
 from foedus_common.clock import ManualClock
 from foedus_common.objects import ObjectStore
-from foedus_server import doctor
+from foedus_server.cli import doctor
 from foedus_server.config import Link, Settings
-from foedus_server.link import LinkServer
-from foedus_server.registry import ApprovedSites
+from foedus_server.link.grid import LinkServer
+from foedus_server.members.registry import ApprovedSites
 from foedus_simulations.parties import free_ports
 from known_sites import FIRST, SPEC, plan_of, submit
 from operators import Applicant, Operator

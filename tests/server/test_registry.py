@@ -13,7 +13,7 @@ from foedus_common.enrolment import Approved, EnrolRequest, Refused, Waiting, re
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import SignedRoster, generate_key
 from foedus_common.journal import verify
-from foedus_server.registry import ApprovedSites
+from foedus_server.members.registry import ApprovedSites
 from operators import Applicant, Operator
 from seeded import seeded
 

@@ -19,7 +19,7 @@ from flwr.app import Context, Message
 from foedus_client.app import client_app
 from foedus_client.approval import Approval
 from foedus_client.audit import verify as verify_site
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.round import Site, SiteRounds
 from foedus_client.store import SiteStore
@@ -40,8 +40,8 @@ from foedus_server.app import server_app
 from foedus_server.audit import notary
 from foedus_server.audit import verify as verify_coordinator
 from foedus_server.config import Patience
-from foedus_server.link import LinkStopping
-from foedus_server.registry import Registry
+from foedus_server.link.grid import LinkStopping
+from foedus_server.members.registry import Registry
 from foedus_server.runs import Coordinator
 from foedus_simulations.grids import InProcessGrid
 from foedus_simulations.parties import until

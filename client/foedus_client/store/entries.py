@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from foedus_client.high_water import HighWater, Mark
+from foedus_client.ledger.high_water import HighWater, Mark
 from foedus_client.store.journal import Journal
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError

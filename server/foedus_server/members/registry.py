@@ -29,8 +29,8 @@ from foedus_common.errors import LocalError, RemoteError
 from foedus_common.identity import Roster, RosterSite, SignedRoster, check_org, check_site_name, public_bytes
 from foedus_common.journal import Refusals
 from foedus_common.randomness import RandomBytes
-from foedus_server.authorities import Authorities
 from foedus_server.config import Home
+from foedus_server.members.authorities import Authorities
 from foedus_server.store import Certificate, Site, Store, TokenUse
 
 ROSTER_DAYS = 180

@@ -12,7 +12,7 @@ from foedus_common.errors import LocalError
 from foedus_common.plan import read_plan
 from foedus_common.randomness import system_random
 from foedus_common.terminal import Json, console, print_facts, print_json, print_table
-from foedus_server import watch
+from foedus_server.cli import watch
 from foedus_server.commands import Operator, as_facts, describe
 from foedus_server.config import Home
 from foedus_server.store import Run

@@ -38,10 +38,10 @@ from foedus_common.private_files import read_limited
 from foedus_common.randomness import system_random
 from foedus_common.terminal import Json, console, errors, print_facts, print_json, print_table
 from foedus_server import config
-from foedus_server.cli_audit import audit_app
-from foedus_server.cli_runs import model_app, operator, plan_app, run_app
-from foedus_server.doctor import findings
-from foedus_server.registry import Registry
+from foedus_server.cli.audit import audit_app
+from foedus_server.cli.doctor import findings
+from foedus_server.cli.runs import model_app, operator, plan_app, run_app
+from foedus_server.members.registry import Registry
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from foedus_client.data import read_rows
-from foedus_client.trainer_process import TrainerSettings, read_message, write_message
+from foedus_client.training.process import TrainerSettings, read_message, write_message
 from foedus_common.adapters import adapter_bytes, load_adapter
 from foedus_common.core_dumps import forbid_core_dumps
 from foedus_common.errors import LocalError

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
-from foedus_client.high_water import mark_name
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.high_water import mark_name
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import Dataset, SiteStore, StoredModel
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
 from foedus_common.clock import Clock, apart
@@ -31,7 +31,7 @@ CONNECT_SECONDS = 5.0
 TRAINER = ("torch", "transformers", "peft")
 
 Admission = Callable[[str, TlsIdentity, str], float]
-"""`foedus_client.link.admission`: given the address, what is shown there and the proxy, the coordinator's clock."""
+"""`link.site_link.admission`: given the address, what is shown there and the proxy, the coordinator's clock."""
 
 
 def findings(path: Path, state: Path, clock: Clock, admission: Admission) -> Iterator[Finding]:

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from foedus_client import config
-from foedus_client.administrator import CLOCK, Administrator
-from foedus_client.cli_audit import site_to_read
-from foedus_client.ledger_chart import chart
+from foedus_client.cli.administrator import CLOCK, Administrator
+from foedus_client.cli.audit import site_to_read
+from foedus_client.ledger.chart import chart
 from foedus_client.store import StoredPlan
 from foedus_common.certificates import DAY
 from foedus_common.clock import iso

@@ -13,12 +13,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from foedus_client import cli_plans, condition, config, enrol
-from foedus_client.administrator import CLOCK, Administrator
-from foedus_client.cli_audit import audit_app
+from foedus_client import config, enrol
+from foedus_client.cli import condition
+from foedus_client.cli import plans as cli_plans
+from foedus_client.cli.administrator import CLOCK, Administrator
+from foedus_client.cli.audit import audit_app
+from foedus_client.cli.doctor import findings
 from foedus_client.data import survey
-from foedus_client.doctor import findings
-from foedus_client.high_water import state_folder
+from foedus_client.ledger.high_water import state_folder
 from foedus_common import terminal
 from foedus_common.backup import restore_backup, write_backup
 from foedus_common.checks import show
@@ -74,7 +76,7 @@ def join(
     as_json: Json = False,
 ) -> None:
     """Make this site's keys and join the federation that the token names."""
-    from foedus_client import link  # gRPC and Flower take a second to import
+    from foedus_client.link import site_link as link  # gRPC and Flower take a second to import
 
     invitation = decode_token(sys.stdin.readline().strip() if token == "-" else token)
     home = _home_to_join(context.obj, proxy, authorities)
@@ -207,7 +209,7 @@ def leave(
 @app.command()
 def doctor(context: typer.Context, as_json: Json = False) -> None:
     """Check everything that a run needs here, and say what to do about what is amiss. Exit code 1 if something is."""
-    from foedus_client.link import admission  # gRPC and Flower take a second to import
+    from foedus_client.link.site_link import admission  # gRPC and Flower take a second to import
 
     found = findings(context.obj, state_folder(os.environ), CLOCK, admission)
     raise typer.Exit(show(found, as_json))

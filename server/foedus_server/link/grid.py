@@ -35,8 +35,8 @@ from foedus_common.link.transport import (
 )
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.randomness import RandomBytes, system_random
-from foedus_server.link_service import EnrolmentService, LinkService, RateLimit, SiteDirectory, not_admitted
-from foedus_server.mailbox import Mailbox, RunFiles
+from foedus_server.link.mailbox import Mailbox, RunFiles
+from foedus_server.link.service import EnrolmentService, LinkService, RateLimit, SiteDirectory, not_admitted
 
 DAY = 86_400.0
 SITE_FAILED = 1

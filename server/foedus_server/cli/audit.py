@@ -12,7 +12,7 @@ from foedus_common.private_files import read_limited
 from foedus_common.protocol.wire import COORDINATOR
 from foedus_common.terminal import Json
 from foedus_server.audit import notary, verify
-from foedus_server.cli_runs import operator
+from foedus_server.cli.runs import operator
 
 audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened here.")
 

@@ -8,10 +8,10 @@ import json
 import typer
 
 from foedus_client import config
-from foedus_client.administrator import CLOCK, Administrator
 from foedus_client.audit import notary, verify
-from foedus_client.ledger import KEY as LEDGER_KEY
-from foedus_client.ledger import Ledger
+from foedus_client.cli.administrator import CLOCK, Administrator
+from foedus_client.ledger.ledger import KEY as LEDGER_KEY
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import SiteStore
 from foedus_common import audit_page
 from foedus_common.checkpoints import MAX_SHEET_BYTES, accept_losses, heads_in

@@ -157,7 +157,7 @@ def _start(threads: int, log: IO[bytes] | int | None) -> subprocess.Popen[bytes]
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return subprocess.Popen(
-        [sys.executable, "-m", "foedus_client.trainer"],
+        [sys.executable, "-m", "foedus_client.training.trainer"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -23,7 +23,7 @@ from foedus_common.errors import LocalError, RemoteError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK, CLOCK_KEY, MAX_BODY, PROTOCOL_VERSION, SITE_URI, Timing
 from foedus_common.objects import ObjectRef, ObjectStore
-from foedus_server.mailbox import Mailbox, RunFiles
+from foedus_server.link.mailbox import Mailbox, RunFiles
 from foedus_server.store import DatabaseAway
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from foedus_client.link_state import LinkState
+from foedus_client.link.state import LinkState
 from foedus_common.clock import Clock, iso
 
 FILE = "condition.json"
-_SPEAKERS = ("foedus_client.round", "foedus_client.link")
+_SPEAKERS = ("foedus_client.round", "foedus_client.link.site_link")
 """Loggers whose warnings say that a run suffers here."""
 
 

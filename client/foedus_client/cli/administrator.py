@@ -9,8 +9,8 @@ from foedus_client.approval import Approval
 from foedus_client.audit import note_standing
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
-from foedus_client.high_water import mark_name, state_folder
-from foedus_client.ledger import Ledger
+from foedus_client.ledger.high_water import mark_name, state_folder
+from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import StoredPlan
 from foedus_common.clock import SystemClock
 from foedus_common.errors import LocalError

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foedus_client.accounts import (
+from foedus_client.data import Survey, share_rows
+from foedus_client.ledger.accounts import (
     DAY_SECONDS,
     Account,
     Budget,
@@ -27,7 +28,6 @@ from foedus_client.accounts import (
     fold,
     reservation,
 )
-from foedus_client.data import Survey, share_rows
 from foedus_client.store import OVER, Dataset, SiteStore
 from foedus_common.canonical import digest, labelled
 from foedus_common.clock import Clock, iso

@@ -21,8 +21,8 @@ import grpc.aio
 from flwr.app import Context, Message, Metadata
 from flwr.clientapp import ClientApp
 
-from foedus_client.link_state import LinkState, clocks_apart, explain
-from foedus_client.transfers import Transfers, check_size, pauses
+from foedus_client.link.state import LinkState, clocks_apart, explain
+from foedus_client.link.transfers import Transfers, check_size, pauses
 from foedus_common.certificates import CLOCK_SKEW
 from foedus_common.clock import Clock, SystemClock
 from foedus_common.errors import FoedusError, LocalError

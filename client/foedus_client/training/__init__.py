@@ -1,0 +1,1 @@
+"""The process that trains, and the pipe to it."""

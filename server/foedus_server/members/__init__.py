@@ -1,0 +1,1 @@
+"""Who belongs to the consortium: sites, their keys, and the authorities that vouch for the link."""
