@@ -82,7 +82,9 @@ def test_a_site_joins_once_it_is_approved(operator: Operator, home: Path) -> Non
     assert membership.roster_epoch == 1
     tls = membership.tls()
     assert tls.authority == token.authority_pem
-    assert ApprovedSites(operator.store, operator.clock).site_for("north", sha256_of(tls.certificate))
+    directory = ApprovedSites(operator.store, operator.clock)
+    directory.refresh()
+    assert directory.site_for("north", sha256_of(tls.certificate))
     assert membership.certificate_ends() == operator.clock.now() + 90 * DAY
 
 

@@ -17,6 +17,7 @@ from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, TlsIdentity
 from foedus_common.objects import ObjectRef
+from foedus_server.link import service as link_service
 from loopback import RUN, Authority, Federation, fingerprint
 
 HELLO = pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION))
@@ -151,6 +152,26 @@ def test_revocation_that_nobody_announced_ends_the_stream_with_the_next_heartbea
     states.wait_for(LinkState.CONNECTED)
     del federation.directory.approved["alpha"]
     assert "it was revoked" in states.wait_for(LinkState.REFUSED, timeout=1.0)
+
+
+def test_a_directory_that_does_not_answer_holds_nobody_up(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(federation.directory, "refresh", answered.wait)
+    monkeypatch.setattr(link_service, "REFRESH_SECONDS", 0.05)
+    federation.timing = type(federation.timing)(heartbeat=0.05)
+    server = federation.coordinator()
+    grid = server.grid(RUN, 0)
+    _, states = federation.site("alpha")
+    states.wait_for(LinkState.CONNECTED)
+    ids = grid.push_messages([grid.message("alpha", "query.keys", b"?", ttl=30)])
+    replies = []
+    while not replies:
+        grid.wait(5.0)
+        replies = grid.pull_messages(ids)
+    assert not replies[0].has_error()
+    answered.set()
 
 
 def test_revocation_stops_an_upload_in_the_middle(federation: Federation) -> None:

@@ -13,7 +13,8 @@ from foedus_common.enrolment import Approved, EnrolRequest, Refused, Waiting, re
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import SignedRoster, generate_key
 from foedus_common.journal import verify
-from foedus_server.members.registry import ApprovedSites
+from foedus_server.members.registry import AWAY_SECONDS, ApprovedSites
+from foedus_server.store import DatabaseAway
 from operators import Applicant, Operator
 from seeded import seeded
 
@@ -315,6 +316,14 @@ def test_a_new_authority_waits_for_a_site_that_is_away_until_it_is_revoked(opera
 # --- Afterwards ---
 
 
+class Directory(ApprovedSites):
+    """As the link asks: what other processes wrote first, then who may speak."""
+
+    def admits(self, site: str, sha256: bytes) -> bool:
+        self.refresh()
+        return self.site_for(site, sha256)
+
+
 def test_a_certificate_is_renewed_when_it_nears_its_end(operator: Operator) -> None:
     applicant = member(operator)
     first = certificate_of(applicant)
@@ -323,33 +332,33 @@ def test_a_certificate_is_renewed_when_it_nears_its_end(operator: Operator) -> N
     operator.clock.advance(2 * DAY)
     second = certificate_of(applicant)
     assert second != first
-    directory = ApprovedSites(operator.store, operator.clock)
-    assert directory.site_for("north", fingerprint_of(first))  # until the site has fetched the new one
-    assert directory.site_for("north", fingerprint_of(second))
+    directory = Directory(operator.store, operator.clock)
+    assert directory.admits("north", fingerprint_of(first))  # until the site has fetched the new one
+    assert directory.admits("north", fingerprint_of(second))
     operator.clock.advance(30 * DAY)
-    assert not directory.site_for("north", fingerprint_of(first))
-    assert directory.site_for("north", fingerprint_of(second))
+    assert not directory.admits("north", fingerprint_of(first))
+    assert directory.admits("north", fingerprint_of(second))
 
 
 def test_a_certificate_opens_the_link_for_its_own_site_only(operator: Operator) -> None:
     north, south = member(operator, "north"), member(operator, "south")
-    directory = ApprovedSites(operator.store, operator.clock)
+    directory = Directory(operator.store, operator.clock)
     sha256 = fingerprint_of(certificate_of(north))
     certificate_of(south)
-    assert directory.site_for("north", sha256)
-    assert not directory.site_for("south", sha256)
-    assert not directory.site_for("west", sha256)
-    assert not directory.site_for("north", bytes(32))
+    assert directory.admits("north", sha256)
+    assert not directory.admits("south", sha256)
+    assert not directory.admits("west", sha256)
+    assert not directory.admits("north", bytes(32))
 
 
 def test_a_revocation_counts_within_250_ms_and_ends_everything(operator: Operator) -> None:
     applicant = member(operator)
-    directory = ApprovedSites(operator.store, operator.clock)
+    directory = Directory(operator.store, operator.clock)
     sha256 = fingerprint_of(certificate_of(applicant))
-    assert directory.site_for("north", sha256)
+    assert directory.admits("north", sha256)
     operator.registry.revoke("north")
     operator.clock.advance(0.25)
-    assert not directory.site_for("north", sha256)
+    assert not directory.admits("north", sha256)
     assert "revoked" in refusal(applicant.ask())
     assert operator.sign_roster().sites == ()
     assert operator.registry.site("north").revoked_at == operator.clock.now() - 0.25
@@ -357,12 +366,27 @@ def test_a_revocation_counts_within_250_ms_and_ends_everything(operator: Operato
 
 def test_the_directory_asks_the_database_at_most_every_250_ms(operator: Operator) -> None:
     applicant = member(operator)
-    directory = ApprovedSites(operator.store, operator.clock)
+    directory = Directory(operator.store, operator.clock)
     sha256 = fingerprint_of(certificate_of(applicant))
-    assert directory.site_for("north", sha256)
+    assert directory.admits("north", sha256)
     operator.registry.revoke("north")
     operator.clock.advance(0.2)
-    assert directory.site_for("north", sha256)
+    assert directory.admits("north", sha256)
+
+
+def test_a_database_that_is_away_holds_nobody_up_and_vouches_for_nobody_for_long(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applicant = member(operator)
+    directory = Directory(operator.store, operator.clock)
+    sha256 = fingerprint_of(certificate_of(applicant))
+    assert directory.admits("north", sha256)
+    monkeypatch.delattr(operator.store.members, "_database")
+    operator.clock.advance(AWAY_SECONDS)
+    assert directory.site_for("north", sha256)  # without a query: the link's loop asks at every chunk
+    operator.clock.advance(0.1)
+    with pytest.raises(DatabaseAway):
+        directory.site_for("north", sha256)
 
 
 def test_a_site_that_was_revoked_comes_back_only_with_new_keys_approved_anew(operator: Operator) -> None:
@@ -379,7 +403,7 @@ def test_a_site_that_was_revoked_comes_back_only_with_new_keys_approved_anew(ope
 
 def test_rotation_keeps_the_old_keys_until_the_new_ones_are_in_the_roster(operator: Operator) -> None:
     old = member(operator)
-    directory = ApprovedSites(operator.store, operator.clock)
+    directory = Directory(operator.store, operator.clock)
     sha256 = fingerprint_of(certificate_of(old))
     with pytest.raises(LocalError, match="member already"):
         operator.registry.invite("north", "Nordklinik")
@@ -388,19 +412,19 @@ def test_rotation_keeps_the_old_keys_until_the_new_ones_are_in_the_roster(operat
     site = operator.registry.site("north")
     assert (site.state, site.public_key, site.waiting_key) == ("approved", old.public_key, new.public_key)
     operator.clock.advance(1)
-    assert directory.site_for("north", sha256)
+    assert directory.admits("north", sha256)
 
     new.is_approved()
     operator.clock.advance(1)
     assert new.ask() == Waiting()  # the roster lists the old key, under which the site goes on
-    assert directory.site_for("north", sha256)
+    assert directory.admits("north", sha256)
     assert operator.sign_roster().public_keys == {"north": new.public_key}
     operator.clock.advance(1)
-    assert directory.site_for("north", sha256)
+    assert directory.admits("north", sha256)
     newer = fingerprint_of(certificate_of(new))
     operator.clock.advance(1)
-    assert directory.site_for("north", newer)
-    assert not directory.site_for("north", sha256)
+    assert directory.admits("north", newer)
+    assert not directory.admits("north", sha256)
 
 
 def test_only_a_member_can_rotate(operator: Operator) -> None:

@@ -1,7 +1,7 @@
 """The coordinator's end of the link: a gRPC server on the link's loop, and a Flower `Grid` for each run.
 
 A run's thread pushes Flower messages and pulls the replies; the server carries them to the sites. Message bodies are
-opaque here, identity is the business of `link_service`, and unanswered requests that of `mailbox`.
+opaque here, identity is the business of `service`, and unanswered requests that of `mailbox`.
 """
 
 from __future__ import annotations

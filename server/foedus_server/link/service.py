@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -30,12 +30,19 @@ logger = logging.getLogger(__name__)
 
 Context: TypeAlias = grpc.aio.ServicerContext
 
+REFRESH_SECONDS = 1.0
+
 
 class SiteDirectory(Protocol):
-    """Who may speak. Asked at every call and every chunk, on the event loop: it must be cheap."""
+    """Who may speak."""
+
+    def refresh(self) -> None:
+        """Learn of approvals and revocations elsewhere. May block; called off the loop, before each admission and with
+        each heartbeat."""
 
     def site_for(self, san_name: str, certificate_sha256: bytes) -> bool:
-        """Whether this site is approved with this certificate and not revoked."""
+        """Whether this site is approved with this certificate and not revoked, as far as is known. Asked at every call
+        and every chunk, on the event loop: it never blocks."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,7 @@ class LinkService:
         self._timing = timing
         self._clock = clock
         self._streams: dict[str, ControlStream] = {}
+        self._refreshing: asyncio.Future[None] | None = None
 
     async def end_stream(self, site: str, refusal: Refusal) -> None:
         """End the site's stream, if it has one."""
@@ -213,6 +221,7 @@ class LinkService:
             except TimeoutError:
                 message = pb.FromCoordinator(heartbeat=pb.Heartbeat())
             # Also on every heartbeat: a revocation that another process wrote ends the stream as well.
+            await self._refresh()
             self._check(stream.peer)
             await context.write(message)
 
@@ -275,11 +284,21 @@ class LinkService:
         peer = peer_of(context)
         if peer is None:
             raise not_admitted()
+        await self._refresh()
         if not self._directory.site_for(peer.site, peer.certificate_sha256):
             await asyncio.to_thread(self._note_not_admitted, peer.site, peer.certificate_sha256)
             raise not_admitted()
         context.set_trailing_metadata(_clock(self._clock))
         return peer
+
+    async def _refresh(self) -> None:
+        """A database that is slow or away holds nobody up: what is known serves meanwhile, for as long as the directory
+        vouches for it."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.ensure_future(asyncio.to_thread(self._directory.refresh))
+            self._refreshing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        with suppress(TimeoutError, LocalError):
+            await asyncio.wait_for(asyncio.shield(self._refreshing), REFRESH_SECONDS)
 
     def _check(self, peer: Peer) -> None:
         if not self._directory.site_for(peer.site, peer.certificate_sha256):

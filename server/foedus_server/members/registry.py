@@ -31,12 +31,14 @@ from foedus_common.journal import Refusals
 from foedus_common.randomness import RandomBytes
 from foedus_server.config import Home
 from foedus_server.members.authorities import Authorities
-from foedus_server.store import Certificate, Site, Store, TokenUse
+from foedus_server.store import Certificate, DatabaseAway, Site, Store, TokenUse
 
 ROSTER_DAYS = 180
 RENEW_SITE_DAYS = 30
 """A site that asks gets a new certificate when its own ends within so many days."""
 DIRECTORY_SECONDS = 0.25
+AWAY_SECONDS = 30.0
+"""How long the link goes on with what it knew when the database is away; a revocation counts within a minute."""
 
 
 class Registry:
@@ -249,21 +251,33 @@ class Registry:
 
 
 class ApprovedSites:
-    """The link's `SiteDirectory`: who may speak. What it knows is at most 250 ms old, so that it may be asked at every
-    chunk, and a revocation in another process counts within that time. Safe to share between threads."""
+    """The link's `SiteDirectory`: who may speak. `site_for` answers from memory, so that the link's loop may ask at
+    every chunk and never waits for a database; `refresh` asks the database. Safe to share between threads."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._lock = threading.Lock()
-        self._read_at = float("-inf")
-        self._valid: dict[tuple[str, bytes], float] = {}
+        self._reading = threading.Lock()
+        self._known: tuple[float, dict[tuple[str, bytes], float]] = (float("-inf"), {})
+
+    def refresh(self) -> None:
+        """Know what other processes have written, a revocation for one, unless it was read 250 ms ago. Blocks for as
+        long as the database does, one caller at a time. Raises LocalError as the store does."""
+        with self._reading:
+            if self._age() >= DIRECTORY_SECONDS:
+                asked_at = self._clock.monotonic()
+                valid = {(c.site, c.sha256): c.not_after for c in self._store.members.certificates()}
+                self._known = (asked_at, valid)
 
     def site_for(self, san_name: str, certificate_sha256: bytes) -> bool:
-        """Whether this is an approved site with a certificate of its own that has neither ended nor expired."""
-        with self._lock:
-            if self._clock.monotonic() - self._read_at >= DIRECTORY_SECONDS:
-                self._valid = {(c.site, c.sha256): c.not_after for c in self._store.members.certificates()}
-                self._read_at = self._clock.monotonic()
-            not_after = self._valid.get((san_name, certificate_sha256))
+        """Whether this is an approved site with a certificate of its own that has neither ended nor expired.
+
+        Raises DatabaseAway when what is known is more than 30 s old.
+        """
+        if self._age() > AWAY_SECONDS:
+            raise DatabaseAway("Who is a member was not to be read for a while.")
+        not_after = self._known[1].get((san_name, certificate_sha256))
         return not_after is not None and self._clock.now() <= not_after
+
+    def _age(self) -> float:
+        return self._clock.monotonic() - self._known[0]
