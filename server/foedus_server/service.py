@@ -103,10 +103,15 @@ class Service:
         if self._clock.monotonic() - self._looked_at < RENEW_SECONDS:
             return
         self._looked_at = self._clock.monotonic()
-        if (tls := self._authorities.tls()) != self._shown:
+        if (tls := self._authorities.tls()) == self._shown:
+            return
+        try:
             self.link.show(tls)
-            self._shown = tls
-            logger.info("sites are shown a new certificate from now on")
+        except LocalError as error:  # for want of files, say: what is shown holds for weeks yet
+            logger.error("sites are shown the old certificate still: %s", error)
+            return
+        self._shown = tls
+        logger.info("sites are shown a new certificate from now on")
 
     def _begin(self, run: Run) -> None:
         thread = threading.Thread(target=self._conduct, args=(run,), name=f"run-{run.run_id}", daemon=True)

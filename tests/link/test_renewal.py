@@ -152,7 +152,7 @@ def test_a_new_authority_is_taken_up_while_everything_runs(world: World) -> None
     world.clock.offset = 0.0
     until(lambda: not is_trusted(address, who_missed_it), 20, "the new authority's being shown")
     assert is_trusted(address, tls)
-    assert world.connected_with() == world.held()
+    world.await_connection()
 
 
 def is_trusted(address: str, tls: TlsIdentity) -> bool:

@@ -3,10 +3,7 @@ when it is revoked. Real TLS, real home, real registry."""
 
 from __future__ import annotations
 
-import socket
-import ssl
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -133,24 +130,3 @@ def test_a_site_does_not_enrol_with_a_coordinator_of_another_authority(
         join(tmp_path, token, call, coordinator.approve, random=stranger.random, clock=stranger.clock)
     assert coordinator.operator.events() == []
     stranger.close()
-
-
-def certificate_shown(address: str) -> bytes:
-    """The DER of what is shown to a stranger who trusts anybody."""
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-    trusting.set_alpn_protocols(["h2"])
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as plain, trusting.wrap_socket(plain) as secured:
-        return secured.getpeercert(binary_form=True) or b""
-
-
-def test_many_handshakes_at_once_are_survived_and_a_new_certificate_is_shown_at_once(coordinator: Coordinator) -> None:
-    """gRPC crashed the process within some 200 handshakes when each was given its configuration anew."""
-    server = coordinator.server
-    with ThreadPoolExecutor(8) as strangers:
-        shown = set(strangers.map(certificate_shown, [server.enrol_address] * 1500))
-    assert len(shown) == 1
-    other = LoopbackAuthority("other")
-    server.show(other.issue([IPAddress(ip_address("127.0.0.1"))], trusts=other.certificate))
-    assert certificate_shown(server.enrol_address) not in shown

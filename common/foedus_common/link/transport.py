@@ -108,12 +108,12 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_concurrent_streams", 32),  # of one connection, that is of one site
-    ("grpc.so_reuseport", 0),  # or a second coordinator would share the port without an error
+    ("grpc.so_reuseport", 1),  # a new certificate comes with a new server, beside the old one for a moment
 ]
 
 ENROLMENT_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_ENROL_BODY + 16),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_concurrent_streams", 4),
-    ("grpc.so_reuseport", 0),
+    ("grpc.so_reuseport", 1),
 ]

@@ -6,14 +6,12 @@ opaque here, identity is the business of `service`, and unanswered requests that
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
@@ -26,15 +24,14 @@ from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
     COORDINATOR_NODE,
     DEFAULT_TIMING,
-    ENROLMENT_OPTIONS,
     MAX_BODY,
-    SERVER_OPTIONS,
     Timing,
     TlsIdentity,
     node_id,
 )
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.randomness import RandomBytes, system_random
+from foedus_server.link.listeners import Listeners
 from foedus_server.link.mailbox import Mailbox, RunFiles
 from foedus_server.link.service import EnrolmentService, LinkService, RateLimit, SiteDirectory, not_admitted
 
@@ -86,7 +83,10 @@ class LinkServer:
         self._files: dict[int, RunFiles] = {}
         self._service = LinkService(directory, self.mailbox, objects, self._files, timing, self.clock, not_admitted)
         self._enrolment = EnrolmentService(enrol, RateLimit(self.clock), self.clock)
-        self._servers: list[grpc.aio.Server] = []
+        self._listeners = Listeners(
+            partial(pb_grpc.add_LinkServicer_to_server, self._service),
+            partial(pb_grpc.add_EnrolmentServicer_to_server, self._enrolment),
+        )
 
     def start(self) -> None:
         """Listen; `address` and `enrol_address` then name the ports that were taken.
@@ -97,8 +97,12 @@ class LinkServer:
         on_loop(self._listen()).result()
 
     def show(self, tls: TlsIdentity) -> None:
-        """New connections are shown this, and have to be signed by one of its authorities; those that are up go on."""
-        self._tls = tls
+        """Connections are shown this from now on, and have to be signed by one of its authorities.
+
+        Sites' streams end, and they come back by themselves; transfers go on. Raises LocalError when the ports cannot
+        be listened on anew: everything stays as it was.
+        """
+        on_loop(self._exchange(tls)).result()
 
     def drain_and_stop(self, grace: float = 5.0) -> None:
         """Wake the runs' threads with `LinkStopping`, say goodbye to the sites, then stop.
@@ -140,53 +144,17 @@ class LinkServer:
         on_loop(self._service.end_stream(site, not_admitted())).result()
 
     async def _listen(self) -> None:
-        link = grpc.aio.server(options=SERVER_OPTIONS)
-        enrolment = grpc.aio.server(options=ENROLMENT_OPTIONS, maximum_concurrent_rpcs=8)
-        pb_grpc.add_LinkServicer_to_server(self._service, link)
-        pb_grpc.add_EnrolmentServicer_to_server(self._enrolment, enrolment)
-        self.address = _bind(link, self.address, self._credentials(require_client_authentication=True))
-        self.enrol_address = _bind(enrolment, self.enrol_address, self._credentials(False))
-        await link.start()
-        await enrolment.start()
-        self._servers = [link, enrolment]
+        await self._listeners.listen(self._tls, self.address, self.enrol_address)
+        self.address, self.enrol_address = self._listeners.addresses
 
-    def _credentials(self, require_client_authentication: bool) -> grpc.ServerCredentials:
-        """Asked for what to show at every handshake; the answer None says that it is what was shown before.
-
-        Only a change may be answered with a configuration: gRPC exchanges what handshakes are made with while others
-        may be using it, and one exchange for each handshake crashes the process when a few sites come at once.
-        """
-        shown = self._tls
-
-        def changed() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal shown
-            if shown == self._tls:
-                return None
-            shown = self._tls
-            return _configuration(shown)
-
-        return grpc.dynamic_ssl_server_credentials(_configuration(shown), changed, require_client_authentication)
+    async def _exchange(self, tls: TlsIdentity) -> None:
+        await self._listeners.exchange(tls)
+        self._service.end_all_streams()
 
     async def _close(self, grace: float) -> None:
-        # Streams first: `stop` would wait for them through the whole grace.
+        # Streams first: `close` would wait for them through the whole grace.
         self._service.end_all_streams()
-        await asyncio.gather(*(server.stop(grace) for server in self._servers))
-        self._servers = []
-
-
-def _configuration(tls: TlsIdentity) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([(tls.private_key, tls.certificate)], tls.authority)
-
-
-def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> str:
-    try:
-        port = server.add_secure_port(address, credentials)
-    except RuntimeError:
-        raise LocalError(
-            f"Cannot listen on {address}: the port is in use or the address is not of this machine; "
-            "stop the other program or choose another port."
-        ) from None
-    return f"{address.rpartition(':')[0]}:{port}"
+        await self._listeners.close(grace)
 
 
 class SiteGrid(Grid):
