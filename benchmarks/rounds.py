@@ -82,7 +82,7 @@ class Cohort:
         """vectors_of: where a party with this watch keeps vectors; by default a memory that all share."""
         objects: dict[m.VectorRef, bytes] = {}
         self._vectors_of = vectors_of or (lambda watch: Memory(objects, watch))
-        self.names = tuple(f"site-{index:03}" for index in range(len(updates)))
+        self.names = tuple(f"{index:03}".rjust(40, "x") for index in range(len(updates)))  # the longest there are
         identities = {site: Ed25519PrivateKey.generate() for site in self.names}
         keys = {site: key.public_key().public_bytes_raw() for site, key in identities.items()}
         self.roster = Roster(1, bytes(32), {site: Member(key, f"org of {site}") for site, key in keys.items()})
@@ -101,7 +101,7 @@ class Cohort:
 
     def _config(self) -> m.RoundConfig:
         terms = m.RoundTerms(
-            run_id=1,
+            run_id=2**63 - 1,
             round=1,
             phase=0,
             plan_digest=bytes(32),
@@ -114,7 +114,9 @@ class Cohort:
             colluding=COLLUDING,
         )
         limits = thresholds(len(self.names), COLLUDING)
-        return m.RoundConfig(1, terms, 0, 1, self.roster.digest, self.names, limits.threshold, limits.minimum)
+        return m.RoundConfig(
+            m.PROTOCOL_VERSION, terms, 0, 1, self.roster.digest, self.names, limits.threshold, limits.minimum
+        )
 
     def coordinator(self, watch: Stopwatch) -> CoordinatorSession:
         return CoordinatorSession(self.config, self.roster, self._vectors_of(watch))

@@ -1,7 +1,8 @@
 """Bytes that a site sends in a round, counted on the messages of real sessions: the vector, and all that goes with it.
 
 `python benchmarks/wire_bytes.py`: d = 1M coordinates in fields of 21 and of 16 bits; cohorts of 3 to 100 sites. Counted
-are the signed envelopes A1 to A5 and the masked vector; not counted is what TLS and gRPC put around them.
+are the signed envelopes A1 to A5 and the masked vector; not counted is what TLS and gRPC put around them. Sites bear
+the longest names that there are, and the run has the largest id.
 """
 
 from __future__ import annotations

@@ -549,7 +549,7 @@ def _terms(**changes: object) -> Callable[[m.RoundConfig], m.RoundConfig]:
     return lambda config: replace(config, terms=replace(config.terms, **changes))
 
 
-_one_change("protocol version", lambda c: replace(c, protocol_version=2), Reason.CONFIG_MISMATCH)
+_one_change("protocol version", lambda c: replace(c, protocol_version=m.PROTOCOL_VERSION + 1), Reason.CONFIG_MISMATCH)
 _one_change("roster hash", lambda c: replace(c, roster_digest=bytes(32)), Reason.CONFIG_MISMATCH)
 _one_change("threshold above what is needed", lambda c: replace(c, threshold=5), Reason.CONFIG_MISMATCH)
 _one_change("phase", _terms(phase=1), Reason.CONFIG_MISMATCH)

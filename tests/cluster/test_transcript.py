@@ -19,6 +19,7 @@ import pytest
 from foedus_client.store import SiteStore
 from foedus_common.identity import SignedPlan
 from foedus_common.link import foedus_pb2 as pb
+from foedus_common.link.transport import PROTOCOL_VERSION
 from foedus_common.plan import schedule
 from foedus_common.protocol import wire
 from foedus_common.terms import field_layout
@@ -95,7 +96,7 @@ def pushed(witness: Witness, _: list[Any]) -> bool:
 
 
 SOURCES: dict[str, tuple[str, Check]] = {
-    "Control.hello.protocol_version": ("a constant", each(lambda w, v: v == 1)),
+    "Control.hello.protocol_version": ("a constant", each(lambda w, v: v == PROTOCOL_VERSION)),
     "Control.heartbeat": ("empty; the clock", each(lambda w, v: v is None)),
     "Control.reply.id": ("the request's, drawn by the coordinator", each(lambda w, v: len(v) == 32)),
     "envelope.run_id": ("the request's", each(lambda w, v: v == w.recording.run_id)),

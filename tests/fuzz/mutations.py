@@ -76,21 +76,16 @@ def _then_damage(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
 # --- Length-prefixed lists (`foedus_common.canonical.enc`) ---
 
 
-def framed(prefix: bytes = b"") -> Mutator:
-    """Changes one part, however deep it lies, of `prefix + enc(...)`, and puts all lengths around it right again."""
-
-    def mutate(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
-        if random.random() < 0.2:
-            return raw(random, data, others)
-        return _then_damage(random, _framed(random, data, others, prefix), others)
-
-    return mutate
+def framed(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Changes one part, however deep it lies, of an `enc(...)`, and puts all lengths around it right again."""
+    if random.random() < 0.2:
+        return raw(random, data, others)
+    return _then_damage(random, _framed(random, data, others), others)
 
 
-def _framed(random: Random, data: bytes, others: Sequence[bytes], prefix: bytes) -> bytes:
-    start = len(prefix) if prefix and data.startswith(prefix) else 0
+def _framed(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
     try:
-        parts = list(unenc(data[start:]))
+        parts = list(unenc(data))
     except ValueError:
         parts = []
     if len(parts) < 1 or random.random() < 0.1:
@@ -109,8 +104,8 @@ def _framed(random: Random, data: bytes, others: Sequence[bytes], prefix: bytes)
         case 4:
             parts[at] = random.choice((b"", bytes(8), b"\xff" * 8, bytes(32), bytes(33), bytes(64), b"a" * 41))
         case _:
-            parts[at] = _framed(random, parts[at], others, prefix) if parts[at] else random.randbytes(4)
-    return data[:start] + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+            parts[at] = _framed(random, parts[at], others) if parts[at] else random.randbytes(4)
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
 # --- JSON ---

@@ -30,7 +30,7 @@ from foedus_client.training.process import read_message
 from foedus_common import certificates, checkpoints, enrolment, identity, journal, model_folder
 from foedus_common.adapters import AdapterSpec, TensorSpec, load_adapter, parse_spec, save_adapter
 from foedus_common.backup import restore_backup, write_backup
-from foedus_common.canonical import LABEL, canonical_json
+from foedus_common.canonical import canonical_json
 from foedus_common.errors import FoedusError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.objects import ObjectRef
@@ -112,12 +112,14 @@ def targets(workshop: Workshop) -> list[Target]:
 def _of_the_protocol() -> list[Target]:
     attempt = Attempt()
     terms = wire.terms_bytes(attempt.config.terms)
-    nested = framed(LABEL)
+    changed, damaged = attempt.changed, attempt.damaged
     return [
-        Target("messages", attempt.envelopes, [nested, nested, raw], wire.parse_envelope),
-        Target("terms of a vector", [terms], [framed(), raw], wire.parse_terms),
-        Target("a site's session", attempt.requests, [nested, nested, raw], attempt.site_takes, ()),
-        Target("a coordinator's session", attempt.answers, [nested, nested, raw], attempt.coordinator_takes, ()),
+        Target("messages", attempt.envelopes, [changed, changed, damaged, raw], wire.parse_envelope),
+        Target("terms of a vector", [terms], [raw], wire.parse_terms),
+        Target("a site's session", attempt.requests, [changed, changed, damaged, raw], attempt.site_takes, ()),
+        Target(
+            "a coordinator's session", attempt.answers, [changed, changed, damaged, raw], attempt.coordinator_takes, ()
+        ),
     ]
 
 
@@ -216,8 +218,8 @@ def _of_enrolment(workshop: Workshop) -> list[Target]:
 
     return [
         Target("tokens", [token.encode().encode()], [raw, _token_fields], lambda d: enrolment.decode_token(_text(d))),
-        Target("enrolment requests", [request.to_bytes()], [framed(), raw], refuse_or_verify),
-        Target("enrolment replies", [*map(enrolment.reply_to_bytes, replies)], [framed(), raw], reply_as_a_site_does),
+        Target("enrolment requests", [request.to_bytes()], [framed, raw], refuse_or_verify),
+        Target("enrolment replies", [*map(enrolment.reply_to_bytes, replies)], [framed, raw], reply_as_a_site_does),
         Target("certificates", [own], [raw], take_certificate),
         Target("certificate requests", [csr], [raw], partial(certificates.check_request, name="north")),
         Target("rosters", [roster.canonical()], [json_tree, raw], take_roster),
@@ -246,7 +248,7 @@ def _token_fields(random: object, data: bytes, others: Sequence[bytes]) -> bytes
     """Changes the fields of a token and puts its checksum right again."""
     coded = _text(data).removeprefix(enrolment.PREFIX)
     body = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4))[:-4]
-    body = framed()(random, body, [body])  # type: ignore[arg-type]
+    body = framed(random, body, [body])  # type: ignore[arg-type]
     whole = body + hashlib.sha256(body).digest()[:4]
     return enrolment.PREFIX.encode() + base64.urlsafe_b64encode(whole).rstrip(b"=")
 

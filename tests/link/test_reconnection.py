@@ -173,6 +173,6 @@ def test_another_version_is_refused_with_a_sentence(federation: Federation) -> N
     federation.coordinator()
     stub = federation.stub(federation.tls_of("alpha"))
     with pytest.raises(grpc.RpcError, match="install the same release on both"):
-        list(stub.Control(iter([pb.FromSite(hello=pb.Hello(protocol_version=2))])))
+        list(stub.Control(iter([pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION + 1))])))
     with pytest.raises(grpc.RpcError, match="begins with a hello"):
         list(stub.Control(iter([pb.FromSite(heartbeat=pb.Heartbeat())])))

@@ -1,4 +1,4 @@
-"""Known answers of protocol v1, made by a second implementation: `python tests/vectors/generate.py` rewrites the JSON.
+"""Known answers of the protocol, made by a second implementation: `python tests/vectors/generate.py` rewrites the JSON.
 
 It imports nothing of Foedus and shares no code with it. Where it can it takes the long way: HKDF from HMAC, X25519 by
 the Montgomery ladder of RFC 7748, AES-CTR block by block from AES, field packing with Python integers. Only AES,
@@ -13,6 +13,7 @@ import hmac
 import json
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,7 +23,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 FOLDER = Path(__file__).parent
 LABEL = b"foedus/v1/"
 PRIME = 2**256 + 297
-SUITE = b"ed25519/x25519/hkdf-sha256/aes256-gcm/aes256-ctr"
+SUITE = b"\1"
+DECLINED, READY, ADVERTISE, UNMASK = b"\x05", b"\x06", b"\x08", b"\x10"
 
 
 def seeded(name: str, size: int = 32) -> bytes:
@@ -289,48 +291,72 @@ def encoding() -> dict:
 # --- Envelopes ---
 
 
+def short(value: bytes) -> bytes:
+    return bytes([len(value)]) + value
+
+
 def envelope() -> dict:
     identity = Ed25519PrivateKey.from_private_bytes(seeded("identity"))
-    body = enc(seeded("cpk"), seeded("spk"), seeded("commitment"))
+    body = seeded("cpk") + seeded("spk") + seeded("commitment")
 
-    def signed_bytes(
-        kind: bytes = b"advertise",
-        stage: bytes = b"A1",
-        body: bytes = body,
+    def told(
         suite: bytes = SUITE,
+        kind: bytes = ADVERTISE,
         run_id: bytes = u64(11),
-        more: tuple[bytes, ...] = (),
+        round_: bytes = b"\2",
+        attempt: bytes = b"",
+        sequence: bytes = b"",
+        binding: bytes = seeded("ctx"),
+        source: bytes = b"alpha",
+        destination: bytes = b"",
+        body: bytes = body,
     ) -> bytes:
-        fields = (kind, run_id, u64(2), stage, u64(0), seeded("ctx"), b"alpha", b"@coordinator", u64(0), body)
-        return LABEL + enc(b"envelope", suite, *fields, *more)
+        counts = short(round_) + short(attempt) + short(sequence)
+        return suite + kind + run_id + counts + binding + short(source) + short(destination) + body
 
     def unmask(*shares: bytes) -> bytes:
-        return signed_bytes(kind=b"unmask", stage=b"A5", body=enc(enc(*shares)))
+        return told(kind=UNMASK, sequence=b"\4", body=u32(len(b"".join(shares))) + b"".join(shares))
 
-    good = signed_bytes()
-    signature = identity.sign(good)
-    wire = enc(good, signature)
+    def signed(told: bytes) -> bytes:
+        return told + identity.sign(LABEL + enc(b"envelope", told))
+
+    good = told()
+    wire = signed(good)
+    signature = wire[-64:]
     u3 = LABEL + enc(b"u3", seeded("ctx"), seeded("u1"), enc(b"alpha", b"beta", b"gamma"))
     malformed = {
         "cut short": wire[:-1],
         "one byte more": wire + b"\0",
         "empty": b"",
-        "no signature": enc(good, b""),
-        "three parts": enc(good, signature, b""),
-        "another suite": enc(signed_bytes(suite=b"rot13"), signature),
-        "unknown type": enc(signed_bytes(kind=b"advertize"), signature),
-        "wrong stage": enc(signed_bytes(stage=b"A2"), signature),
-        "short integer": enc(signed_bytes(run_id=b"\x0b"), signature),
-        "long integer": enc(signed_bytes(run_id=b"\0" + u64(11)), signature),
-        "a field of the envelope missing": enc(LABEL + enc(b"envelope", SUITE, b"advertise", u64(11)), signature),
-        "a field of the envelope too many": enc(signed_bytes(more=(b"metric=0.9",)), signature),
-        "a share of no kind": enc(unmask(b"\3" + bytes(33)), signature),
-        "a share of both kinds": enc(unmask(b"\1" + bytes(33) + b"\2" + bytes(33)), signature),
-        "a short share": enc(unmask(b"\1" + bytes(32)), signature),
-        "short key": enc(signed_bytes(body=enc(seeded("cpk", 31), seeded("spk"), seeded("c"))), signature),
-        "a field missing": enc(signed_bytes(body=enc(seeded("cpk"), seeded("spk"))), signature),
-        "a field too many": enc(signed_bytes(body=body + enc(b"metric=0.9")), signature),
-        "length beyond the end": enc(signed_bytes(body=b"\xff\xff\xff\xff"), signature),
+        "a suite and nothing else": SUITE,
+        "no signature": good,
+        "two signatures": wire + signature,
+        "a signature of the coordinator's": signed(told(source=b"", destination=b"alpha")),
+        "another suite": signed(told(suite=b"\2")),
+        "an envelope of protocol v1": enc(LABEL + enc(b"envelope", b"ed25519/x25519", b"advertise"), signature),
+        "unknown type": signed(told(kind=b"\xff")),
+        "type zero": signed(told(kind=b"\0")),
+        "the type of another message": signed(told(kind=UNMASK)),
+        "a short run id": signed(told(run_id=u64(11)[1:])),
+        "a run id that no database holds": signed(told(run_id=u64(1 << 63))),
+        "a count with zeros in front": signed(told(round_=b"\0\2")),
+        "a count of zero with a byte": signed(told(attempt=b"\0")),
+        "a count that no database holds": signed(told(sequence=u64(1 << 63))),
+        "a count of nine bytes": signed(told(sequence=b"\1" + bytes(8))),
+        "a short binding": signed(told(binding=seeded("ctx", 31))),
+        "a long binding": signed(told(binding=seeded("ctx", 33))),
+        "the coordinator's name": signed(told(destination=b"@coordinator")),
+        "a name in capitals": signed(told(source=b"Alpha")),
+        "a name of 41 letters": signed(told(source=b"a" * 41)),
+        "a name beyond the end": signed(told(source=b"", destination=b"", body=b"")[:-2] + b"\xff"),
+        "a share of no kind": signed(unmask(b"\3" + bytes(33))),
+        "a share with something more": signed(unmask(b"\1" + bytes(33) + b"\2")),
+        "a short share": signed(unmask(b"\1" + bytes(32))),
+        "a short key": signed(told(body=body[1:])),
+        "a field missing": signed(told(body=body[32:])),
+        "a field too many": signed(told(body=body + enc(b"metric=0.9"))),
+        "length beyond the end": signed(told(kind=UNMASK, body=b"\xff\xff\xff\xff")),
+        "length below the end": signed(told(kind=UNMASK, body=u32(0) + b"\1" + bytes(33))),
     }
     return {
         "public_key": identity.public_key().public_bytes_raw().hex(),
@@ -349,17 +375,36 @@ def envelope() -> dict:
             "mask_key": seeded("spk").hex(),
             "commitment": seeded("commitment").hex(),
         },
-        "signed": good.hex(),
+        "signed": (LABEL + enc(b"envelope", good)).hex(),
         "signature": signature.hex(),
         "wire": wire.hex(),
         "survivors": {"ctx": seeded("ctx").hex(), "u1": seeded("u1").hex(), "statement": u3.hex()},
         "forged": [
-            enc(good, signature[:-1] + bytes([signature[-1] ^ 1])).hex(),
-            enc(good[:-1] + bytes([good[-1] ^ 1]), signature).hex(),
-            enc(good, Ed25519PrivateKey.from_private_bytes(seeded("somebody else")).sign(good)).hex(),
+            (good + signature[:-1] + bytes([signature[-1] ^ 1])).hex(),
+            (good[:-1] + bytes([good[-1] ^ 1]) + signature).hex(),
+            (
+                good
+                + Ed25519PrivateKey.from_private_bytes(seeded("somebody else")).sign(LABEL + enc(b"envelope", good))
+            ).hex(),
+            (good + identity.sign(good)).hex(),
+            (told(kind=READY, body=b"") + signed(told(kind=DECLINED, body=b""))[-64:]).hex(),
+            *((change + signature).hex() for change in _changed_headers(told)),
         ],
         "malformed": {why: data.hex() for why, data in malformed.items()},
     }
+
+
+def _changed_headers(told: Callable[..., bytes]) -> list[bytes]:
+    """One for each field of the header, which the signature must cover."""
+    return [
+        told(run_id=u64(12)),
+        told(round_=b"\3"),
+        told(attempt=b"\1"),
+        told(sequence=b"\1"),
+        told(binding=seeded("another ctx")),
+        told(source=b"beta"),
+        told(destination=b"beta"),
+    ]
 
 
 # --- Discrete Gaussian noise ---

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from foedus_common.errors import LocalError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+"""Of the link and of the messages that travel over it: sides of different versions part at the first word."""
 
 MAX_BODY = 256 * 1024
 """Bytes in the body of a control message; anything larger travels as an object."""

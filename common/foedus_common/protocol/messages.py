@@ -17,21 +17,17 @@ from foedus_common.errors import LocalError
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.thresholds import Thresholds
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Stage(StrEnum):
-    PROPOSE = "P"
-    INVITE = "I"
-    TRAIN = "T"
-    ROUND_CONFIG = "A0"
+    """The stages in which sites answer with something of their own, as they are called in docs/protocol.md."""
+
     ADVERTISE = "A1"
     SHARE_KEYS = "A2"
     MASKED_INPUT = "A3"
     CONSISTENCY = "A4"
     UNMASK = "A5"
-    END = "E"
-    JOURNAL = "J"
 
 
 class AttemptId(NamedTuple):

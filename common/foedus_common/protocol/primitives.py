@@ -20,8 +20,9 @@ from foedus_common.canonical import digest, enc, labelled
 from foedus_common.errors import Reason, RemoteError
 from foedus_common.randomness import RandomBytes
 
-SUITE = "ed25519/x25519/hkdf-sha256/aes256-gcm/aes256-ctr"
-"""The algorithms of protocol v1. The id travels in every envelope; a parser that knows only this one refuses others."""
+SUITE = 1
+"""Stands for Ed25519, X25519, HKDF-SHA256, AES-256-GCM and AES-256-CTR. The id travels as the first byte of every
+envelope; a parser that knows only this one refuses others."""
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64

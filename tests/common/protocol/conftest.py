@@ -80,7 +80,7 @@ class Federation:
             colluding=self.colluding,
         )
         self.config = m.RoundConfig(
-            protocol_version=1,
+            protocol_version=m.PROTOCOL_VERSION,
             terms=self.terms,
             attempt=0,
             roster_epoch=7,

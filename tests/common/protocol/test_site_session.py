@@ -72,7 +72,7 @@ class TestRoundConfig:
 
     @pytest.mark.parametrize(
         "changes",
-        [{"protocol_version": 2}, {"roster_epoch": 6}, {"roster_digest": bytes(32)}, {"threshold": 4}, {"minimum": 4}],
+        [{"protocol_version": 3}, {"roster_epoch": 6}, {"roster_digest": bytes(32)}, {"threshold": 4}, {"minimum": 4}],
         ids=lambda changes: ",".join(changes),
     )
     def test_other_fields_that_differ(self, federation, changes):

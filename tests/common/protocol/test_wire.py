@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import struct
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -11,12 +13,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foedus_common.canonical import enc
+from foedus_common.canonical import enc, labelled
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
+from foedus_common.protocol.effects import Send
 from foedus_common.protocol.encoding import FieldLayout
 
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
 SIGN = Ed25519PrivateKey.from_private_bytes(bytes(32)).sign
 NUMBERS = st.integers(0, 2**63 - 1)
 SITES = st.from_regex(r"[a-z0-9-]{1,40}", fullmatch=True)
@@ -109,7 +113,9 @@ def test_a_message_comes_back_as_it_was(kind, data):
     sent = build(header, message)
     envelope = wire.parse_envelope(sent)
     assert (envelope.header, envelope.message) == (header, message)
-    assert enc(envelope.signed, envelope.signature) == sent
+    assert f"`{kind.__name__}` {sent[1]}" in DOCUMENT, "its type on the wire is documented"
+    told = sent[: len(sent) - len(envelope.signature)]
+    assert (told + envelope.signature, labelled("envelope", told)) == (sent, envelope.signed)
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
@@ -140,24 +146,30 @@ def test_terms_survive_the_outbox(terms):
     assert wire.parse_terms(wire.terms_bytes(terms)) == terms
 
 
-def split(data: bytes) -> list[bytes]:
-    """The parts of an `enc`."""
-    parts = []
-    while data:
-        end = 4 + int.from_bytes(data[:4], "big")
-        parts.append(data[4:end])
-        data = data[end:]
-    return parts
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(federation, value):
+    terms = replace(federation(3).terms, noise=m.Noise("record", 3.75, 0.8))
+    data = wire.terms_bytes(terms)
+    assert data.count(struct.pack(">d", 3.75)) == 1
+    with pytest.raises(RemoteError, match="finite"):
+        wire.parse_terms(data.replace(struct.pack(">d", 3.75), struct.pack(">d", float(value))))
 
 
-@pytest.mark.parametrize(
-    "clip", [b"", bytes(7), bytes(9), struct.pack(">d", float("nan")), struct.pack(">d", float("inf"))]
-)
-def test_numbers_have_eight_bytes_and_are_finite(federation, clip):
-    parts = split(wire.terms_bytes(federation(3).terms))
-    unit, _, multiplier = split(parts[8])
-    with pytest.raises(RemoteError, match="number"):
-        wire.parse_terms(enc(*parts[:8], enc(unit, clip, multiplier), *parts[9:]))
+@pytest.mark.parametrize(("value", "size"), [(0, 0), (1, 1), (255, 1), (256, 2), (2**63 - 1, 8)])
+def test_counts_take_as_few_bytes_as_they_can(value, size):
+    def sent(number: int) -> bytes:
+        return build(wire.Header(1, 0, 0, bytes(32), wire.COORDINATOR, "a", number), m.Ready())
+
+    assert len(sent(value)) == len(sent(0)) + size
+    with pytest.raises(RemoteError, match="zeros in front"):
+        wire.parse_envelope(sent(1).replace(b"\1\1", b"\2\0\1", 1))
+
+
+def test_a_count_is_one_that_a_database_holds():
+    data = build(wire.Header(1, 2**63 - 1, 0, bytes(32), wire.COORDINATOR, "a", 0), m.Ready())
+    assert wire.parse_envelope(data)
+    with pytest.raises(RemoteError, match="database"):
+        wire.parse_envelope(data.replace(b"\x7f" + b"\xff" * 7, b"\xff" * 8))
 
 
 class TestSpelling:
@@ -192,9 +204,15 @@ class TestSpelling:
 class TestSignatures:
     header = wire.Header(1, 2, 3, bytes(32), "alpha", wire.COORDINATOR, 0)
 
-    def test_a_site_must_sign(self):
+    @pytest.mark.parametrize("message", [m.Ready(), m.Advertise(bytes(32), bytes(32), bytes(32)), m.ShareKeys(())])
+    def test_a_site_must_sign(self, message):
         with pytest.raises(RemoteError):
-            wire.parse_envelope(wire.build_envelope(self.header, m.Ready()))
+            wire.parse_envelope(wire.build_envelope(self.header, message))
+
+    def test_the_coordinator_has_no_signature(self):
+        header = wire.Header(1, 2, 3, bytes(32), wire.COORDINATOR, "alpha", 0)
+        with pytest.raises(RemoteError):
+            wire.parse_envelope(wire.build_envelope(header, m.RunEnded(m.End.FINISHED), SIGN))
 
     @pytest.mark.parametrize("field", ["run_id", "round", "attempt", "binding", "source", "destination", "sequence"])
     def test_every_field_of_the_header_is_signed(self, field):
@@ -213,19 +231,29 @@ class TestSignatures:
 
 
 def test_bytes_up_per_peer(federation):
-    """Envelopes a site sends in a round, all stages: at most 130 bytes more for each further peer."""
+    """The five envelopes that a site sends in a round: at most 130 bytes for each peer, and 1 KiB besides, also for
+    the longest name, the largest run id, and more rounds and attempts than anybody will see."""
 
     def sent(sites: int) -> int:
         world = federation(sites)
         world.run()
+        told = [effect for effects in world.effects["site-000"] for effect in effects if isinstance(effect, Send)]
+        assert len(told) == 5
+        longest = (
+            replace(
+                wire.parse_envelope(each.envelope).header, run_id=2**63 - 1, round=255, attempt=255, source="x" * 40
+            )
+            for each in told
+        )
         return sum(
-            len(effect.envelope)
-            for effects in world.effects["site-000"]
-            for effect in effects
-            if hasattr(effect, "envelope")
+            len(wire.build_envelope(header, wire.parse_envelope(each.envelope).message, SIGN))
+            for header, each in zip(longest, told, strict=True)
         )
 
-    assert sent(12) - sent(6) <= 6 * 130
+    few, many = sent(6), sent(12)
+    each = (many - few) // 6
+    assert each <= 130
+    assert few - 5 * each <= 1024
 
 
 def test_the_largest_messages_of_the_largest_cohort_fit():
