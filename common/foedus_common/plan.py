@@ -30,6 +30,11 @@ MAX_STEPS = 1_000_000
 """More are not accounted for within seconds."""
 MAX_COORDINATES = 1 << 30
 """Numbers in a trained vector: 8 GiB in the trainer."""
+LEAST, MOST = 1e-9, 1e9
+"""Of every factor and bound that training multiplies with: neither they nor their squares leave what float64 holds. A
+smaller clip would let gradients through unclipped, for their squared norms would be zero (docs/decisions/0032)."""
+MAX_DIVISOR = 1 << 36
+"""Rows; a sum of clipped gradients of so many still fits the noise's grid."""
 MAX_TEXT = 1000
 """Characters of a text that people read: a purpose, a name, a label."""
 
@@ -181,8 +186,8 @@ def _problems(plan: RunPlan) -> Iterator[str]:
         yield "needs at least two different labels in [task] labels."
     if not 1 <= plan.task.max_length <= 8192:
         yield "must have [task] max_length between 1 and 8192 tokens."
-    if not 1 <= plan.adapter.rank <= 1024 or plan.adapter.alpha <= 0:
-        yield "must have [adapter] rank between 1 and 1024 and alpha above 0."
+    if not 1 <= plan.adapter.rank <= 1024 or not LEAST <= plan.adapter.alpha <= MOST:
+        yield f"must have [adapter] rank between 1 and 1024 and alpha between {_MODERATE}."
     if not plan.adapter.targets:
         yield "needs at least one name or pattern in [adapter] targets."
     if not plan.phase:
@@ -224,22 +229,25 @@ def _privacy_problems(privacy: Privacy) -> Iterator[str]:
         yield "needs [privacy] epsilon above 0 and at most 100."
     if privacy.delta is None or not 0 < privacy.delta <= 1e-3:
         yield "needs [privacy] delta above 0 and at most 0.001."
-    if privacy.unit == "record" and (privacy.divisor is None or privacy.divisor < 1):
-        yield "needs [privacy] divisor: a public number of rows by which every site divides, 1 or more."
+    if privacy.unit == "record" and not 1 <= (privacy.divisor or 0) <= MAX_DIVISOR:
+        yield f"needs [privacy] divisor: a public number of rows by which every site divides, 1 to {MAX_DIVISOR}."
     if privacy.unit == "site" and privacy.divisor is not None:
         yield 'gives [privacy] divisor, which unit = "site" does not have; remove it.'
-    if not 0 < privacy.clip <= 1e6:
-        yield "must have [privacy] clip above 0."
+    if not LEAST <= privacy.clip <= MOST:
+        yield f"must have [privacy] clip between {_MODERATE}."
 
 
+_MODERATE = f"{LEAST:g} and {MOST:g}"
 _PLAIN_TRAINING = ("epochs", "batch_size", "optimizer", "weight_decay", "max_grad_norm", "warmup")
 
 
 def _phase_problems(phase: Phase, unit: str) -> Iterator[str]:
-    if phase.rounds < 1 or phase.learning_rate <= 0:
-        yield "must have rounds of 1 or more and learning_rate above 0."
-    if phase.head_scale <= 0 or (phase.head_learning_rate is not None and phase.head_learning_rate <= 0):
-        yield "must have head_scale and head_learning_rate above 0."
+    if phase.rounds < 1:
+        yield "must have rounds of 1 or more."
+    for name in ("learning_rate", "head_learning_rate", "head_scale", "max_grad_norm", "update_bound"):
+        value = getattr(phase, name)
+        if value is not None and not LEAST <= value <= MOST:
+            yield f"must have {name} between {_MODERATE}."
     match unit:
         case "record":
             yield from _record_phase_problems(phase)
@@ -260,8 +268,8 @@ def _phase_problems(phase: Phase, unit: str) -> Iterator[str]:
             yield "gives update_bound, which follows from the noise under DP; remove it."
     if not 0 <= (phase.warmup or 0) < 1:
         yield "must have warmup in [0, 1): the share of the phase in which the rates rise."
-    if (phase.weight_decay or 0) < 0 or (phase.max_grad_norm is not None and phase.max_grad_norm <= 0):
-        yield "must have weight_decay of 0 or more and max_grad_norm above 0."
+    if not 0 <= (phase.weight_decay or 0) <= MOST:
+        yield f"must have weight_decay between 0 and {MOST:g}."
 
 
 def _record_phase_problems(phase: Phase) -> Iterator[str]:

@@ -40,9 +40,11 @@ def private_update(
     random: RandomBytes,
     progress: Progress,
 ) -> Reals:
-    """The update of one round, float64 (d,): `steps` noisy steps from `start`, end minus start.
+    """The update of one round, float64 (d,): the sum of `steps` noisy steps from `start`.
 
     A step adds -learning_rate / (scale * divisor) * noised_sum to each group. An empty batch is a step like any other.
+    Steps are added up by themselves: end minus start would be rounded to what numbers of the size of `start` can tell
+    apart, beyond the range of the encoding, and whether a site then declines would depend on its rows.
     """
     settings, privacy = round_plan.settings, agreed.plan.privacy
     divisor, steps, rate = privacy.divisor or 0, settings.steps or 0, settings.sampling_rate or 0.0
@@ -52,13 +54,13 @@ def private_update(
             for part in agreed.trained[round_plan.phase]
         ]
     )
-    vector = start.copy()
+    update = np.zeros_like(start)
     for step in range(steps):
-        total = clipped_sum(vector, poisson_sample(rows, rate, random))
+        total = clipped_sum(start + update, poisson_sample(rows, rate, random))
         bounded = np.clip(total, -divisor * privacy.clip, divisor * privacy.clip)  # so that the encoding's range holds
-        vector -= factor * noised_sum(bounded, privacy.clip, agreed.noise_multipliers[round_plan.phase], random)
+        update -= factor * noised_sum(bounded, privacy.clip, agreed.noise_multipliers[round_plan.phase], random)
         progress("steps", step + 1, steps)
-    return vector - start
+    return update
 
 
 def poisson_sample(rows: int, rate: float, random: RandomBytes) -> NDArray[np.int64]:

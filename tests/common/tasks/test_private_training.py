@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
-from foedus_common.plan import AgreedPlan, RoundPlan, schedule
+from foedus_common.plan import LEAST, MOST, AgreedPlan, RoundPlan, schedule
 from foedus_common.privacy.noise import noised_sum
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks.encoder import HEAD
@@ -29,6 +30,7 @@ from foedus_common.tasks.private_training import (
     private_update,
 )
 from foedus_common.tasks.text_classification import TextClassifier, no_progress
+from foedus_common.terms import field_layout
 from privacy_audit.reference import ReferenceSum
 from tiny_model import HIDDEN, LABELS, rows, tiny_agreed, write_tiny_model
 
@@ -92,6 +94,17 @@ def test_head_sum_is_that_of_autograd_row_by_row(clip: float) -> None:
     expected = looped_head_sum(features.double()[chosen], labels[chosen], vector, clip)
     found = HeadGradients(features, labels, clip)(vector, chosen)
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [LEAST, MOST])
+def test_no_row_however_sure_the_model_is_of_it_exceeds_the_least_clip_of_any_plan(clip: float) -> None:
+    """Whoever chooses the head chooses how small a row's gradient is. A squared norm that underflowed to zero would let
+    a gradient through that is any number of times the clip: at a clip of 1e-250 one of 1e54 times it."""
+    features = torch.tensor([[1.0, 0.3]])
+    for gap in np.linspace(0, 740, 400):  # down to the least number of float64, e^-740
+        head = np.array([0.0, 0.0, gap, 0.0])
+        found = HeadGradients(features, np.array([1]), clip)(head, np.array([0]))
+        assert np.linalg.norm(found / clip) <= 1 + 1e-12
 
 
 @pytest.mark.parametrize("method", ["ffa-lora", "fedit"])
@@ -232,6 +245,21 @@ def test_sums_are_bounded_so_that_the_encodings_range_holds(agreed: AgreedPlan, 
     size = agreed.size(0)
     huge = private_update(np.zeros(size), lambda *_: np.full(size, 1e9), 5, agreed, head_round, seeded(3), no_progress)
     assert np.all(np.abs(huge + 24.0 * 2 * 10 / 10) < 24.0 * np.sqrt(2) * 8 / 10)  # 2 steps of 10 clips, and noise
+
+
+@pytest.mark.parametrize("pull", [-1, 0, 1])
+def test_no_adapter_to_start_from_makes_an_update_leave_its_range(model: Path, pull: int) -> None:
+    """Where neighbouring float64 numbers lie almost a range apart, end minus start is either nothing or beyond it: a
+    site whose rows pull hard enough would decline, and say so, free of charge."""
+    agreed = tiny_agreed(model, privacy__divisor=1000)
+    head_round = schedule(agreed.plan)[0]
+    size, layout = agreed.size(0), field_layout(agreed, head_round)
+    total = np.full(size, pull * 1000.0)  # the most that a sum of clipped gradients may be: divisor times clip
+    for exponent in range(-10, 3):
+        apart = 2.0 ** math.floor(math.log2(layout.segments[0][1])) * 2.0**exponent
+        start = np.full(size, apart * 2.0**52)
+        update = private_update(start, lambda *_: total, 5, agreed, head_round, seeded(4), no_progress)
+        layout.encode(update, seeded(5))  # raises LocalError beyond the range
 
 
 @pytest.mark.parametrize("count", [1, 7, 60])
