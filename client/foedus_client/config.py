@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from foedus_client.ledger.high_water import HighWater
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
+from foedus_client.training.computing import Computing
 from foedus_common.certificates import read_authorities
 from foedus_common.clock import Clock
 from foedus_common.enrolment import check_address
@@ -34,45 +34,27 @@ from foedus_common.tables import parse, read_toml
 SETTINGS = "site.toml"
 
 
-@dataclass(frozen=True)
-class SiteSettings:
+@dataclass(frozen=True, kw_only=True)
+class SiteSettings(Computing):
     """site.toml. Raises LocalError for values that cannot be.
 
     coordinator, enrolment: "host:port" of its two ports; "" for those in the token. proxy: "http://host:port" through
     which both are reached; "" for what the environment's https_proxy and no_proxy say. authorities: a PEM file of those
-    that, besides the federation's own, may vouch for the coordinator. device: where the trainer computes. dtype, of its
-    products of matrices, base_weights, gradient_checkpointing and tokens_per_batch (0 leaves it to the device) say with
-    how much memory, as `foedus_common.tasks.text_classification` reads them. threads: 0 leaves them to torch; niceness:
-    0 to 19, added to the daemon's own.
+    that, besides the federation's own, may vouch for the coordinator.
     """
 
     coordinator: str = ""
     enrolment: str = ""
     proxy: str = field(default="", repr=False)  # it may hold a password
     authorities: str = ""
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    base_weights: Literal["float32", "bfloat16", "4bit"] = "float32"
-    gradient_checkpointing: bool = False
-    tokens_per_batch: int = 0
-    threads: int = 0
-    niceness: int = 0
     policy: SitePolicy = field(default_factory=SitePolicy)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for address in filter(None, (self.coordinator, self.enrolment)):
             check_address(address)
         if self.proxy:
             check_proxy(self.proxy)
-        kind, _, number = self.device.partition(":")
-        if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
-            raise LocalError(f'The device {self.device!r} is none of "auto", "cpu" and "cuda:0".')
-        if self.base_weights == "bfloat16" and self.dtype == "float32":
-            raise LocalError('Weights that are held in bfloat16 are multiplied in it; set dtype to "auto".')
-        if self.tokens_per_batch < 0:
-            raise LocalError("The trainer's tokens_per_batch must be 0 (as the device allows) or more.")
-        if self.threads < 0 or not 0 <= self.niceness <= 19:
-            raise LocalError("The trainer's threads must be 0 or more, and its niceness 0 to 19.")
 
     def to_toml(self) -> str:
         """The file that `foedus-site join` writes. A JSON text is a TOML text too."""

@@ -7,13 +7,14 @@ keys, are taken up the same way, without a pause.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from pathlib import Path
 
 from foedus_client.app import client_app
 from foedus_client.audit import note_standing
-from foedus_client.cli.condition import Condition
+from foedus_client.condition import Condition
 from foedus_client.config import SiteHome
 from foedus_client.enrol import Membership
 from foedus_client.ledger.high_water import mark_name
@@ -21,6 +22,7 @@ from foedus_client.ledger.ledger import Ledger
 from foedus_client.link.renewal import Renewal
 from foedus_client.link.site_link import LinkState, SiteLink, enrol
 from foedus_client.round import Site, SiteRounds
+from foedus_client.training.computing import Computing
 from foedus_client.training.process import TrainerProcess, TrainerSettings
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
@@ -132,13 +134,7 @@ class Daemon:
                 dataset_sha256=dataset.file_sha256,
                 text=dataset.text_column,
                 label=dataset.label_column,
-                device=settings.device,
-                dtype=settings.dtype,
-                base_weights=settings.base_weights,
-                gradient_checkpointing=settings.gradient_checkpointing,
-                tokens_per_batch=settings.tokens_per_batch,
-                threads=settings.threads,
-                niceness=settings.niceness,
+                **{setting.name: getattr(settings, setting.name) for setting in dataclasses.fields(Computing)},
             ),
             agreed,
         )

@@ -24,6 +24,7 @@ from foedus_client.config import SETTINGS, SiteHome
 from foedus_common.errors import FoedusError, LocalError
 from foedus_common.plan import read_plan
 from foedus_common.terminal import console
+from foedus_server.release.evaluation import Example
 from foedus_simulations import corpora, figures, reports
 from foedus_simulations.corpora import Corpus, Row
 from foedus_simulations.editions import SEED, Edition, edition
@@ -247,7 +248,7 @@ def as_report(
         secure_aggregation=True,
         accuracy_central=compared.central,
         compared=compared.sentence,
-        examples=tuple(reports.Example(**example) for example in finished.scores[-1]["examples"]),
+        examples=tuple(Example(**example) for example in finished.scores[-1]["examples"]),
         adapter=folder / "adapter",
         notes=tuple(filter(None, notes(playing, figures.retries(plan, attempts)))),
     )

@@ -20,8 +20,8 @@ from typing import Any, Self
 
 from foedus_common.errors import LocalError
 
-OPERATOR = "foedus_server.cli.operator"
-SITE = "foedus_client.cli.site"
+OPERATOR = "foedus_server.cli"
+SITE = "foedus_client.cli"
 
 
 def free_ports(count: int) -> list[int]:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from foedus_server.release.evaluation import Example
 from foedus_simulations import charts
 from foedus_simulations.charts import Level, Mark, Series
-from foedus_simulations.reports import Example, Report, duration, percent, size, spent, tiny
+from foedus_simulations.reports import Report, duration, percent, size, spent, tiny
 
 WIDE, HALF = 760, 370
 STYLE = Path(__file__).with_name("report.css")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foedus_server.release.evaluation import Example
+
 FEW = 12
 """Up to so many sites are shown one by one."""
 
@@ -49,16 +51,6 @@ class Round:
     bytes_up: int  # per site
     bytes_down: int  # per site
     epsilon_central: float | None
-
-
-@dataclass(frozen=True)
-class Example:
-    """A held-out row, what it is, and what the adapter said with which probability."""
-
-    text: str
-    label: str
-    predicted: str
-    probability: float
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import getpass
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from foedus_client import config
+from foedus_client.approval import Approval
 from foedus_client.cli.administrator import CLOCK, Administrator
 from foedus_client.cli.audit import site_to_read
 from foedus_client.ledger.chart import chart
@@ -130,12 +132,7 @@ def decline(
     as_json: Json = False,
 ) -> None:
     """Take no part in a plan; the coordinator learns only that."""
-    acting = Administrator(context.obj)
-    stored, agreed = acting.plan(plan)
-    acting.approval().decline(stored.digest, by=getpass.getuser())
-    if as_json:
-        return print_json({"run": str(stored.run_id), "state": "declined"})
-    console.print(f"{agreed.plan.run.name} is declined.")
+    _refuse(context, plan, as_json, Approval.decline, "declined", "{} is declined.")
 
 
 @app.command()
@@ -145,12 +142,25 @@ def withdraw(
     as_json: Json = False,
 ) -> None:
     """Leave an approved plan for good: no further round is trained, and budget that was never released returns."""
+    sentence = "This site has withdrawn from {}; what it released stays spent."
+    _refuse(context, plan, as_json, Approval.withdraw, "withdrawn", sentence)
+
+
+def _refuse(
+    context: typer.Context,
+    plan: str,
+    as_json: bool,
+    decide: Callable[[Approval, bytes, str], None],
+    state: str,
+    sentence: str,
+) -> None:
+    """decide: a method of `Approval`. sentence: with {} for the plan's name."""
     acting = Administrator(context.obj)
     stored, agreed = acting.plan(plan)
-    acting.approval().withdraw(stored.digest, by=getpass.getuser())
+    decide(acting.approval(), stored.digest, getpass.getuser())
     if as_json:
-        return print_json({"run": str(stored.run_id), "state": "withdrawn"})
-    console.print(f"This site has withdrawn from {agreed.plan.run.name}; what it released stays spent.")
+        return print_json({"run": str(stored.run_id), "state": state})
+    console.print(sentence.format(agreed.plan.run.name))
 
 
 # --- The ledger ---

@@ -13,8 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from foedus_client import config, enrol
-from foedus_client.cli import condition
+from foedus_client import condition, config, enrol
 from foedus_client.cli import plans as cli_plans
 from foedus_client.cli.administrator import CLOCK, Administrator
 from foedus_client.cli.audit import audit_app
@@ -324,7 +323,3 @@ def data_list(context: typer.Context, as_json: Json = False) -> None:
 
 def main() -> NoReturn:
     terminal.run(app, "foedus-site")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foedus_client.training.computing import Computing
 from foedus_common.adapters import MAX_PARAMETERS
 from foedus_common.errors import LocalError
 from foedus_common.plan import MAX_PLAN_BYTES, AgreedPlan, RoundPlan
@@ -35,13 +36,11 @@ Progress = Callable[[str, int, int], None]
 """progress(what, done, total): what is "features" or "steps"."""
 
 
-@dataclass(frozen=True)
-class TrainerSettings:
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings(Computing):
     """What a trainer is told once, when it starts.
 
     dataset: a CSV, JSONL or Parquet file as `foedus_client.data.read_rows` reads it; dataset_sha256: 64 hex digits.
-    device to tokens_per_batch: as `foedus_common.tasks.text_classification.TextClassifier.load` takes them.
-    threads: for arithmetic; 0 leaves it to torch. niceness: added to the process's own, 0 to 19.
     """
 
     model_folder: str
@@ -49,13 +48,6 @@ class TrainerSettings:
     dataset_sha256: str
     text: str
     label: str
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    base_weights: Literal["float32", "bfloat16", "4bit"] = "float32"
-    gradient_checkpointing: bool = False
-    tokens_per_batch: int = 0
-    threads: int = 0
-    niceness: int = 0
 
 
 class TrainerProcess:

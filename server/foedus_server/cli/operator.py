@@ -399,7 +399,3 @@ def main() -> NoReturn:
     for command in entry_points(group="foedus.commands"):  # what other installed packages add, such as `simulate`
         app.command(command.name)(command.load())
     terminal.run(app, "foedus")
-
-
-if __name__ == "__main__":
-    main()
