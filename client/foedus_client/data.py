@@ -180,7 +180,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Record]]
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise LocalError(
-            f"Reading {path.name} needs the package pyarrow; install it, or export the rows as CSV or JSONL."
+            f"Reading {path.name} needs pyarrow; pip install 'foedus[parquet]', or export the rows as CSV or JSONL."
         ) from None
     try:
         with parquet.ParquetFile(path) as file:

@@ -26,7 +26,7 @@ from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_server.aggregation import ServerOptimizer
 from foedus_server.config import Patience
-from foedus_server.link.grid import LinkStopping
+from foedus_server.link.grid import DAY, LinkStopping
 from foedus_server.rounds import STAGE_NAMES, Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
 from foedus_server.store import Attempt, DatabaseAway, Run, RunState, Store
 
@@ -310,8 +310,9 @@ class _Conductor:
         again = clock.monotonic() + patience.retry_seconds
         unheard = self._push("query.end", dict.fromkeys(self._members(), m.RunEnded(end)))
         failed: set[str] = set()
-        for _ in range(2):  # the second time each side signs the last that it was shown
-            self._show_heads()
+        for showing in (False, True, True):  # what the last round asked; then twice, so that each side signs the last
+            if showing:
+                self._show_heads()
             while (self._heads or unheard or failed) and clock.monotonic() < deadline:
                 self._take_heads()
                 for reply in self._grid.pull_messages(list(unheard)):
@@ -324,12 +325,17 @@ class _Conductor:
                     self._grid.wait(LOOK_SECONDS)
 
     def _show_heads(self) -> None:
-        """To the sites that take part; their answers are taken when there is time."""
+        """To the sites that take part and owe no answer to an earlier question; theirs are taken when there is time."""
         self._take_heads()
-        self._grid.forget(self._heads)  # of sites that are away: what follows says more
+        here = self._presence.here()
+        away = [message_id for message_id, site in self._heads.items() if site not in here]
+        self._grid.forget(away)  # what follows says more
+        self._heads = {key: site for key, site in self._heads.items() if key not in away}
         notary = self._coordinator.notary
         own = notary.sign_end()
-        self._heads = self._push("query.journal", {site: notary.show(site, own) for site in self._members()})
+        asked = [site for site in self._members() if site not in self._heads.values()]
+        shown = {site: notary.show(site, own) for site in asked}
+        self._heads |= self._push("query.journal", shown, ttl=DAY)  # one that still trains answers when it has
 
     def _take_heads(self) -> None:
         """What has arrived since the last look. Nothing in a run depends on it; the journal has what is amiss."""
@@ -352,10 +358,10 @@ class _Conductor:
     def _members(self) -> list[str]:
         return sorted(self._willing & set(self._roster.public_keys))
 
-    def _push(self, message_type: str, messages: Mapping[str, m.ToSite]) -> dict[str, str]:
+    def _push(self, message_type: str, messages: Mapping[str, m.ToSite], ttl: float = 60) -> dict[str, str]:
         """Sites by the ids of what was sent to them."""
         envelopes = [
-            self._grid.message(site, message_type, self._envelope(site, message), ttl=60)
+            self._grid.message(site, message_type, self._envelope(site, message), ttl=ttl)
             for site, message in messages.items()
         ]
         return dict(zip(self._grid.push_messages(envelopes), messages, strict=True))

@@ -141,7 +141,7 @@ def start_coordinator(operator: Party, federation: str) -> None:
 def join(operator: Party, site: Party, name: str, org: str) -> None:
     """Both people's part: the token is handed over, the fingerprint read aloud and compared."""
     token = operator.ask("site", "invite", name, "--org", org)["token"]
-    site.start("join", "join", token, "--json")
+    site.start("join", "join", "-", "--json", secret=token)
     site.await_line("join", '"fingerprint"')
     read_aloud = json.loads(site.log("join").read_text().splitlines()[0])["fingerprint"]
     operator.ask("site", "approve", name, "--fingerprint", read_aloud)
@@ -249,7 +249,7 @@ def as_report(
         accuracy_central=compared.central,
         compared=compared.sentence,
         examples=tuple(Example(**example) for example in finished.scores[-1]["examples"]),
-        adapter=folder / "adapter",
+        adapter=from_here(folder / "adapter"),
         notes=tuple(filter(None, notes(playing, figures.retries(plan, attempts)))),
     )
 
@@ -266,6 +266,12 @@ def as_site(
         releases_without_privacy=ledger["releases_without_privacy"],
         accuracy_alone=compared.alone[name],
     )
+
+
+def from_here(path: Path) -> Path:
+    """As a person in the current folder would type it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def notes(playing: Edition, retries: str) -> Iterator[str]:

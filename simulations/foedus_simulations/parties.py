@@ -82,19 +82,25 @@ class Party:
         environment = {key: value for key, value in self._environment.items() if key != "NO_COLOR"}
         return subprocess.run(self.command(*arguments), env=environment, check=False).returncode
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Starts a command in the background; its output goes to `log(name)`, beside the home folder."""
+    def start(self, name: str, *arguments: str, secret: str | None = None) -> subprocess.Popen[bytes]:
+        """Starts a command in the background; its output goes to `log(name)`, beside the home folder.
+
+        secret: one line that it reads from its standard input, which is empty otherwise.
+        """
         log = self.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            self._running[name] = subprocess.Popen(
+            process = self._running[name] = subprocess.Popen(
                 self.command(*arguments),
                 env=self._environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if secret else subprocess.DEVNULL,
             )
-        return self._running[name]
+        if secret and process.stdin:
+            with process.stdin:
+                process.stdin.write(secret.encode() + b"\n")
+        return process
 
     def log(self, name: str) -> Path:
         return self.home.parent / "logs" / f"{self.home.name}-{name}.log"

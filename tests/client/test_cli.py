@@ -6,8 +6,11 @@ where a signal is the point.
 
 from __future__ import annotations
 
+import getpass
+import io
 import signal
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -362,6 +365,34 @@ def test_a_proxy_is_kept_for_a_new_home_and_its_password_is_not_typed(site: Site
     assert "has settings already" in east("join", token, "--proxy", "http://127.0.0.1:10").err
 
 
+# --- The token ---
+
+
+class Typed(io.StringIO):
+    """A terminal at which somebody has typed."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("words", [("join",), ("join", "-")])
+def test_a_token_need_not_stand_in_the_list_of_processes(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    token = site.operator.registry.invite("east", "East").encode()
+    east = Site(cli.main, tmp_path / "east", site._monkeypatch, site._capsys)
+    closed = ("--proxy", "http://127.0.0.1:9")  # no coordinator is there: the token was read, which is what counts
+    monkeypatch.setattr(sys, "stdin", io.StringIO(token + "\n"))
+    assert "is down" in east(*words, *closed).err
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert "no Foedus token" in east(*words, *closed).err
+    monkeypatch.setattr(sys, "stdin", Typed())
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: token)
+    asked = east(*words, *closed)
+    assert "is down" in asked.err
+    assert token not in asked.out + asked.err
+
+
 # --- Signals ---
 
 
@@ -372,7 +403,7 @@ def test_ctrl_c_ends_a_join_that_waits_and_a_second_one_goes_on_from_there(tmp_p
         link = enrolling(operator)
         token = operator.registry.invite("north", "North").encode()
         with Party(SITE, tmp_path / "north") as north:
-            waiting = north.start("join", "join", token, "--json")
+            waiting = north.start("join", "join", "-", "--json", secret=token)
             north.await_line("join", '"waiting": true')
             waiting.send_signal(signal.SIGINT)
             assert waiting.wait(timeout=30) == 130

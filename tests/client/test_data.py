@@ -121,7 +121,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is installed")
 def test_parquet_without_pyarrow_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(LocalError, match=r"needs the package pyarrow; install it, or export"):
+    with pytest.raises(LocalError, match=r"needs pyarrow; pip install 'foedus\[parquet\]', or export"):
         read_rows(write(tmp_path, "d.parquet", b"PAR1"), "note", "chapter")
 
 

@@ -139,7 +139,7 @@ def set_up(made: Federation) -> None:
     def join(name: str) -> None:
         site = made.sites[name]
         token = operator.ask("site", "invite", name, "--org", f"Hospital {name}")["token"]
-        site.start("join", "join", token, "--json")
+        site.start("join", "join", "-", "--json", secret=token)
         site.await_line("join", "fingerprint")
         shown = json.loads(site.log("join").read_text().splitlines()[0])["fingerprint"]
         operator.ask("site", "approve", name, "--fingerprint", shown)

@@ -266,6 +266,44 @@ def test_after_a_run_each_side_has_the_other_s_signature_over_its_journal(consor
         assert [events.count(event) for event in ("vector.masked", "survivors.signed", "unmasking.answered")] == [2] * 3
 
 
+class LateHeads(Grid):
+    """Answers about journals are here after the next wait and not before."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._late: set[str] = set()
+        self.forgotten: list[str] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = super().push_messages(asked := list(messages))
+        of = dict(zip(ids, asked, strict=True))
+        self._late |= {each for each in ids if of[each].metadata.message_type == "query.journal"}
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return super().pull_messages([each for each in message_ids if each not in self._late])
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        ids = list(message_ids)
+        self.forgotten += [each for each in ids if each in self._late]
+        super().forget(ids)
+
+    def wait(self, timeout: float) -> None:
+        self._late.clear()
+        super().wait(timeout)
+
+
+def test_heads_that_come_late_are_awaited(consortium: Make) -> None:
+    three = consortium(NAMES[:3])
+    three.submit(plan_of(rounds=2))
+    grid = LateHeads(7, three.objects, three.clock)
+    three.connect(grid)
+    assert three.conduct() == "finished"
+    assert grid.forgotten == []  # or the link would note replies that nobody awaits
+    witnessed = verify_coordinator(three.operator.home, three.operator.store).witnessed
+    assert witnessed == dict.fromkeys(sorted(NAMES[:3]), three.operator.store.journal.journal_end().number)
+
+
 def test_a_coordinator_that_was_rolled_back_learns_it_at_its_next_run(consortium: Make, tmp_path: Path) -> None:
     three = consortium(NAMES[:3])
     operator, older = three.operator, tmp_path / "older.db"

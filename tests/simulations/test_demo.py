@@ -158,3 +158,11 @@ def test_a_site_is_let_into_runs_without_privacy_by_its_own_settings_only_then(t
         assert SiteHome.open(Site.home).settings == SiteSettings(
             threads=1, policy=SitePolicy(allow_without_privacy=not playing.private)
         )
+
+
+def test_what_lies_in_the_current_folder_is_named_as_a_person_would_type_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo.from_here(tmp_path / "demo" / "adapter") == Path("demo/adapter")
+    assert demo.from_here(Path("/elsewhere/adapter")) == Path("/elsewhere/adapter")

@@ -38,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Take part in a federation with data that stays here.\n\n"
-    "Begin with `foedus-site join TOKEN`, add a model and data, and keep `foedus-site run` running. Plans wait for "
+    "Begin with `foedus-site join`, add a model and data, and keep `foedus-site run` running. Plans wait for "
     "`foedus-site approve`; `foedus-site ledger` shows what they spend, `foedus-site doctor` what is amiss.",
 )
 model_app = typer.Typer(no_args_is_help=True, help="Base models on this machine; plans name them by their hash.")
@@ -67,7 +67,10 @@ def choose_home(
 @app.command()
 def join(
     context: typer.Context,
-    token: Annotated[str, typer.Argument(help="The operator's token; - reads it from standard input.")],
+    token: Annotated[
+        str | None,
+        typer.Argument(help="The operator's token; else it is asked for, and - reads standard input."),
+    ] = None,
     proxy: Annotated[str, typer.Option(help="http://host:port, for the home's site.toml; else https_proxy.")] = "",
     authorities: Annotated[
         str, typer.Option(help="PEM file of others that may vouch for the coordinator, for the home's site.toml.")
@@ -77,7 +80,7 @@ def join(
     """Make this site's keys and join the federation that the token names."""
     from foedus_client.link import site_link as link  # gRPC and Flower take a second to import
 
-    invitation = decode_token(sys.stdin.readline().strip() if token == "-" else token)
+    invitation = decode_token(_pasted() if token in (None, "-") else token)
     home = _home_to_join(context.obj, proxy, authorities)
     trusted = home.trusting(TlsIdentity(b"", b"", invitation.authority_pem)).authority
     shown = threading.Event()
@@ -97,6 +100,13 @@ def join(
         return print_json({"site": membership.name, "org": invitation.org, "home": str(home.path)})
     console.print(f"This machine is the site {membership.name} of {invitation.org}. Its home is {home.path}.")
     console.print("Next: foedus-site model add FOLDER, foedus-site data add NAME FILE, foedus-site run")
+
+
+def _pasted() -> str:
+    """The token as it stands neither in the list of processes nor in a shell's history."""
+    if sys.stdin.isatty():
+        return getpass.getpass("Token (it is not shown): ")
+    return sys.stdin.readline()
 
 
 def _home_to_join(path: Path, proxy: str, authorities: str) -> config.SiteHome:
