@@ -12,6 +12,8 @@ import json
 import math
 import tarfile
 from collections.abc import Callable, Sequence
+from copy import copy
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -270,14 +272,18 @@ PEM_WORDS = (
 # --- Archives ---
 
 
+@cache
+def _entries(archive: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        entries = [(entry, tar.extractfile(entry)) for entry in tar]
+        return [(entry, file.read() if file else b"") for entry, file in entries]
+
+
 def tar_entries(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
     """Changes an archive's entries and puts their hashes into its list again, most of the time."""
     if random.random() < 0.4:
         return raw(random, data, others)
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        entries = [(entry, tar.extractfile(entry)) for entry in tar]
-        contents = [(entry, file.read() if file else b"") for entry, file in entries]
-    *files, (about, listed) = contents
+    *files, (about, listed) = ((copy(entry), content) for entry, content in _entries(data))
     at = random.randrange(len(files))
     entry, content = files[at]
     match random.randrange(8):
