@@ -30,7 +30,7 @@ MAX_STEPS = 1_000_000
 """More are not accounted for within seconds."""
 MAX_COORDINATES = 1 << 30
 """Numbers in a trained vector: 8 GiB in the trainer."""
-LEAST, MOST = 1e-9, 1e9
+LEAST, MOST = 1e-30, 1e30
 """Of every factor and bound that training multiplies with: neither they nor their squares leave what float64 holds. A
 smaller clip would let gradients through unclipped, for their squared norms would be zero (docs/decisions/0032)."""
 MAX_DIVISOR = 1 << 36
