@@ -152,7 +152,7 @@ def _about_privacy(agreed: AgreedPlan, policy: SitePolicy, account: Account | No
         return
     privacy = agreed.plan.privacy
     if privacy.epsilon is not None and privacy.delta is not None:
-        truth = accounting.epsilon(accounting.events_of(agreed, "central"), privacy.delta)
+        truth = accounting.epsilon(accounting.events_of(agreed, accounting.promised_view(agreed.plan)), privacy.delta)
         if truth > privacy.epsilon:
             stated = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
             yield f"The plan says {stated}, but its noise gives {truth:.4g}."

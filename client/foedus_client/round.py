@@ -386,11 +386,14 @@ def encoded(
 ) -> Words:
     """The update as words that may be masked and sent.
 
-    Record: its noise is in it, in every step of training. Site: it is clipped and noised here. Noise is never
-    truncated: the range is so wide that leaving it has a probability below 2^-40, and encoding refuses. Without DP each
-    coordinate is clamped to the plan's `update_bound`.
+    Record: its noise is in it, in every step of training; one that was one step goes out in the integers in which it
+    was noised, and nothing is rounded. Site: it is clipped and noised here. Noise is never truncated: the range is so
+    wide that leaving it has a probability below 2^-40, and encoding refuses. Without DP each coordinate is clamped to
+    the plan's `update_bound`.
     """
     match agreed.plan.privacy.unit:
+        case "record" if agreed.plan.linear(round_plan.phase):
+            return layout.pack(layout.whole_steps(update))
         case "record":
             return layout.encode(update, random)
         case "site":

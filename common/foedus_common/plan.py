@@ -20,7 +20,7 @@ from foedus_common.canonical import canonical_json, digest
 from foedus_common.errors import LocalError
 from foedus_common.tables import parse, read_toml
 
-TRAINER_VERSION = "foedus-trainer/2"
+TRAINER_VERSION = "foedus-trainer/3"
 """Names the arithmetic of local training; sites of another version are not in the same round. What a site decides for
 itself (device, precision, how the base is held) is no part of it: docs/decisions/0012."""
 
@@ -165,6 +165,11 @@ class RunPlan:
     @property
     def rounds(self) -> int:
         return sum(phase.rounds for phase in self.phase)
+
+    def linear(self, phase: int) -> bool:
+        """Whether a round of the phase (number from 0) uploads one noised sum of gradients as it is, so that in a
+        secure sum the noises of all sites add up."""
+        return self.privacy.unit == "record" and self.phase[phase].steps == 1
 
 
 def read_plan(path: Path) -> RunPlan:

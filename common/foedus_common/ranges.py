@@ -1,7 +1,8 @@
 """How far a coordinate of an update can reach: the public range in which it is encoded, noise included.
 
-Everything follows from the plan alone, so that nothing about a site's data shows in what it refuses. With the site as
-the unit of privacy the encoding's steps are the grid of the noise, too. Knows plans and numbers; no vector.
+Everything follows from the plan alone, so that nothing about a site's data shows in what it refuses. Where noises are
+to add up in the secure sum, the encoding's steps are the grid of the noise, too: with the site as the unit of privacy,
+and with the record where a round is one step (docs/decisions/0028). Knows plans and numbers; no vector.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, Group, RoundPlan
+from foedus_common.privacy.noise import GRID, NoiseGrid, fine_grid
 from foedus_common.protocol.encoding import steps_of_half_range
 from foedus_common.protocol.thresholds import thresholds
 
@@ -32,21 +34,63 @@ def half_range(agreed: AgreedPlan, round_plan: RoundPlan, group: Group) -> float
     """The largest magnitude that a coordinate of an update in `group` can have in this round, noise included.
 
     Record: a step moves a coordinate by lr / scale * (clamped sum + noise) / divisor, where the sum of clipped
-    gradients is clamped to +-divisor * clip (`foedus_common.privacy.noise`). Site: all that a field holds, in units of
-    `site_grid`. Without DP: the plan's `update_bound`, to which updates are clamped.
+    gradients is clamped to +-divisor * clip (`foedus_common.privacy.noise`). In a linear phase, and with the site as
+    the unit: all that a field holds, in units of `noise_grid` or `site_grid`. Without DP: the plan's `update_bound`, to
+    which updates are clamped.
     """
     settings, privacy = round_plan.settings, agreed.plan.privacy
     match privacy.unit:
         case "record":
             steps, divisor = settings.steps or 0, privacy.divisor or 1
-            noise = tail(agreed) * agreed.noise_multipliers[round_plan.phase] * privacy.clip / divisor
             step = round_plan.learning_rate(group) / round_plan.scale(group)
+            if agreed.plan.linear(round_plan.phase):
+                unit = privacy.clip / noise_grid(agreed, round_plan.phase).units
+                return step * _field_steps(agreed) * unit / divisor
+            noise = tail(agreed) * agreed.noise_multipliers[round_plan.phase] * privacy.clip / divisor
             return step * (steps * privacy.clip + math.sqrt(steps) * noise)
         case "site":
             unit = privacy.clip / site_grid(agreed, round_plan.phase).units
             return _field_steps(agreed) * unit / round_plan.scale(group)
         case _:
             return settings.update_bound or 1.0
+
+
+def honest_sites(agreed: AgreedPlan) -> int:
+    """How many honest sites' noises are in every sum that the protocol opens, at least.
+
+    A sum holds at least max(t, m_min) sites of the smallest cohort that the plan allows, of which c may keep their
+    noise to themselves. For a site that is in the sum and honest, its own noise is one of them.
+    """
+    secure = agreed.plan.secure_aggregation
+    return thresholds(secure.min_sites, secure.colluding).quorum - secure.colluding
+
+
+def noise_grid(agreed: AgreedPlan, phase: int) -> NoiseGrid:
+    """In what a phase's sums of gradients are noised, where the record is the unit of privacy.
+
+    In a linear phase: the finest grid in which a clamped sum and `tail` deviations of its noise fit a field, made
+    finer by halves for rounding and noise until the clipping bound has at least GRID units. Raises LocalError if the
+    fields are too narrow for a sum.
+    """
+    multiplier = agreed.noise_multipliers[phase]
+    if not agreed.plan.linear(phase):
+        return fine_grid(multiplier)
+    deviations, divisor = tail(agreed), agreed.plan.privacy.divisor or 1
+    units = min(GRID, int((_field_steps(agreed) - deviations - 1) / (divisor + deviations * multiplier)))
+    if units < 1:
+        raise no_room(agreed)
+    halvings = ((GRID - 1) // units).bit_length()
+    return NoiseGrid(units, math.ceil(multiplier * (units << halvings)), halvings)
+
+
+def no_room(agreed: AgreedPlan) -> LocalError:
+    """What is said of fields that cannot hold the noise in at least LEAST_SIGMA steps."""
+    divisor = " or [privacy] divisor" if agreed.plan.privacy.unit == "record" else ""
+    return LocalError(
+        f"The plan {agreed.plan.run.name!r} leaves no room for its noise in fields of "
+        f"{agreed.plan.secure_aggregation.field_bits} bits; raise [secure_aggregation] field_bits, or lower "
+        f"max_sites{divisor}."
+    )
 
 
 @dataclass(frozen=True)
@@ -65,20 +109,15 @@ class SiteGrid:
 def site_grid(agreed: AgreedPlan, phase: int) -> SiteGrid:
     """The finest grid in which a clipped update and its noise, `tail` deviations of it, fit a field.
 
-    A sum holds at least max(t, m_min) sites of the smallest cohort that the plan allows, of which c may keep their
-    noise to themselves: each site's share is the multiplier divided by sqrt(honest). Raises LocalError if the fields
-    are too narrow.
+    Each site's share of the noise is the multiplier divided by sqrt(honest). Raises LocalError if the fields are too
+    narrow.
     """
-    secure = agreed.plan.secure_aggregation
-    honest = thresholds(secure.min_sites, secure.colluding).quorum - secure.colluding
+    honest = honest_sites(agreed)
     share, deviations = agreed.noise_multipliers[phase] / math.sqrt(honest), tail(agreed)
     units = int((_field_steps(agreed) - deviations) / (1 + deviations * share))
     sigma = math.ceil(share * units)
     if units < 1 or sigma < LEAST_SIGMA:
-        raise LocalError(
-            f"The plan {agreed.plan.run.name!r} leaves no room for its noise in fields of {secure.field_bits} bits; "
-            "raise [secure_aggregation] field_bits, or lower max_sites."
-        )
+        raise no_room(agreed)
     return SiteGrid(units, sigma, honest)
 
 

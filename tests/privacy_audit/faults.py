@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foedus_common.plan import AgreedPlan
+from foedus_common.privacy.noise import NoiseGrid
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks import local_trainer, private_training
-from privacy_audit.reference import GRID, Reals, ReferenceSum, Shorten
+from privacy_audit.reference import Reals, ReferenceSum, Shorten
 from privacy_audit.specimens import DIVISOR
 from seeded import seeded
 
@@ -31,48 +32,53 @@ _private_update = local_trainer.private_update
 
 
 def noise_off() -> AbstractContextManager[Any]:
-    """Not a fault but a tool: the same training without its noise."""
-    return _noise(lambda total, clip, multiplier, random: total)
+    """Not a fault but a tool: the same training without its noise, in whole units all the same, so that it is sent."""
+    return _noise(lambda total, clip, grid, random: _on_the_grid(total, clip, grid))
 
 
-def _noise(replacement: Callable[[Reals, float, float, RandomBytes], Reals]) -> AbstractContextManager[Any]:
+def bare_sums() -> AbstractContextManager[Any]:
+    """Another tool: sums of gradients that nothing is done to."""
+    return _noise(lambda total, clip, grid, random: total)
+
+
+def _noise(replacement: Callable[[Reals, float, NoiseGrid, RandomBytes], Reals]) -> AbstractContextManager[Any]:
     return mock.patch.object(private_training, "noised_sum", replacement)
 
 
-def _on_the_grid(total: Reals, clip: float) -> Reals:
-    return np.rint(total * (GRID / clip)) * (clip / GRID)
+def _on_the_grid(total: Reals, clip: float, grid: NoiseGrid) -> Reals:
+    return np.rint(total * (grid.units / clip)) * (clip / grid.units)
 
 
 # --- The noise ---
 
 
-def _halved(total: Reals, clip: float, multiplier: float, random: RandomBytes) -> Reals:
-    return _noised_sum(total, clip, multiplier / 2, random)
+def _halved(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
+    return _noised_sum(total, clip, dataclasses.replace(grid, sigma=grid.sigma // 2), random)
 
 
-def _the_same_in_every_step(total: Reals, clip: float, multiplier: float, random: RandomBytes) -> Reals:
-    return _noised_sum(total, clip, multiplier, seeded("the same"))
+def _the_same_in_every_step(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
+    return _noised_sum(total, clip, grid, seeded("the same"))
 
 
-def _tiled(total: Reals, clip: float, multiplier: float, random: RandomBytes) -> Reals:
+def _tiled(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
     """One short draw repeated over the coordinates."""
-    draw = _noised_sum(np.zeros(32), clip, multiplier, random)
-    return _on_the_grid(total, clip) + np.resize(draw, total.size)
+    draw = _noised_sum(np.zeros(32), clip, grid, random)
+    return _on_the_grid(total, clip, grid) + np.resize(draw, total.size)
 
 
-def _none_on_an_empty_batch(total: Reals, clip: float, multiplier: float, random: RandomBytes) -> Reals:
-    return _noised_sum(total, clip, multiplier, random) if total.any() else total
+def _none_on_an_empty_batch(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
+    return _noised_sum(total, clip, grid, random) if total.any() else total
 
 
-def _floating_point(total: Reals, clip: float, multiplier: float, random: RandomBytes) -> Reals:
+def _floating_point(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
     generator = np.random.default_rng(int.from_bytes(random(8), "big"))
-    return total + generator.normal(scale=multiplier * clip, size=total.size)
+    return total + generator.normal(scale=grid.sigma / grid.fine * clip, size=total.size)
 
 
-def _truncated(total: Reals, clip: float, multiplier: float, random: RandomBytes) -> Reals:
-    noise = _noised_sum(np.zeros_like(total), clip, multiplier, random)
-    reach = float(_on_the_grid(np.array(2 * multiplier * clip), clip))
-    return _on_the_grid(total, clip) + np.clip(noise, -reach, reach)
+def _truncated(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
+    noise = _noised_sum(np.zeros_like(total), clip, grid, random)
+    reach = float(_on_the_grid(np.array(2 * grid.sigma / grid.fine * clip), clip, grid))
+    return _on_the_grid(total, clip, grid) + np.clip(noise, -reach, reach)
 
 
 @contextmanager
@@ -85,9 +91,9 @@ def _on_factors_only() -> Iterator[None]:
         head = agreed.trained[0][0].length
         return _private_update(start, clipped_sum, rows, agreed, *others)
 
-    def without(total: Reals, clip: float, multiplier: float, random: RandomBytes) -> Reals:
-        noised = _noised_sum(total, clip, multiplier, random)
-        return np.concatenate([_on_the_grid(total, clip)[:head], noised[head:]])
+    def without(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
+        noised = _noised_sum(total, clip, grid, random)
+        return np.concatenate([_on_the_grid(total, clip, grid)[:head], noised[head:]])
 
     with mock.patch.object(local_trainer, "private_update", update), _noise(without):
         yield

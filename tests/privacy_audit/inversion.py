@@ -19,6 +19,7 @@ from foedus_common.adapters import Tensors
 from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.privacy.noise import accounted_multiplier
 from foedus_common.randomness import RandomBytes
+from foedus_common.ranges import noise_grid
 from foedus_common.tasks.head import CONSTANT
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.private_training import AdapterGradients, HeadGradients
@@ -58,7 +59,7 @@ class Setting:
     def mu(self, train: str) -> float:
         """What one such release is accounted for."""
         phase = self.round_of(train).phase
-        return 1 / accounted_multiplier(self.agreed.noise_multipliers[phase], self.agreed.size(phase))
+        return 1 / accounted_multiplier(noise_grid(self.agreed, phase), self.agreed.size(phase))
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ from foedus_common.adapters import Tensors
 from foedus_common.plan import AgreedPlan, schedule
 from foedus_common.privacy.noise import ARITHMETIC_SLACK, accounted_multiplier
 from foedus_common.randomness import RandomBytes
+from foedus_common.ranges import noise_grid
 from foedus_common.tasks import local_trainer
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.text_classification import TextClassifier
 from privacy_audit.bounds import Errors, mu_at_least
-from privacy_audit.faults import noise_off
+from privacy_audit.faults import bare_sums
 from privacy_audit.reference import GRID, Reals, step_factors
 from privacy_audit.specimens import CLIP, DIVISOR, as_sent
 from privacy_audit.verdicts import ALARM_RATE, Verdict
@@ -93,7 +94,7 @@ def distinguish(pair: Neighbours, trials: int, random: RandomBytes) -> Distingui
             )
 
         errors = Errors(alarms(pair.without), trials, trials - alarms(pair.present), trials)
-    accounted = 1 / accounted_multiplier(agreed.noise_multipliers[0], agreed.size(0))
+    accounted = 1 / accounted_multiplier(noise_grid(agreed, 0), agreed.size(0))
     return Distinguished(accounted, mu_at_least(errors, 1 - ALARM_RATE), mu_at_least(errors, SHOWN))
 
 
@@ -107,7 +108,7 @@ def noiseless_sums(pair: Neighbours) -> tuple[Reals, Reals]:
     """The sums that the noise would have been added to, of both datasets, each (d,)."""
     round_plan = schedule(pair.agreed.plan)[0]
     factors = step_factors(pair.agreed, round_plan)
-    with noise_off():
+    with bare_sums():
         updates = [trainer.train(pair.adapter, round_plan, bytes) for trainer in (pair.without, pair.present)]
     return -updates[0] / factors, -updates[1] / factors
 

@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from foedus_common.plan import AgreedPlan, RoundPlan
+from foedus_common.ranges import noise_grid
 from foedus_common.terms import field_layout
 from privacy_audit.reference import GRID, Reals, ReferenceSum, step_factors, tensor_slices
 from privacy_audit.specimens import Release, Specimen
@@ -67,7 +68,8 @@ def residuals(specimen: Specimen, released: Sequence[Release]) -> list[Residuals
 
 def _of_phase(specimen: Specimen, released: Sequence[Release]) -> Residuals:
     agreed, rows, settings = specimen.agreed, specimen.trainer.rows, released[0].round_plan.settings
-    clip, size = agreed.plan.privacy.clip, agreed.size(released[0].round_plan.phase)
+    phase, clip = released[0].round_plan.phase, agreed.plan.privacy.clip
+    whole = noise_grid(agreed, phase).units if agreed.plan.linear(phase) else GRID
     noise, signal, off_grid, sizes = [], [], [], []
     for release in released:
         factors = step_factors(agreed, release.round_plan)
@@ -79,10 +81,10 @@ def _of_phase(specimen: Specimen, released: Sequence[Release]) -> Residuals:
             left = (step.vector - sent[number]) / factors - signal[-1]
             encodings = 1 if number == len(begins) - 1 else 0
             noise.append(left / deviations(agreed, release.round_plan, 1, encodings))
-            units = (step.vector - exact[number]) / factors * (GRID / clip)
+            units = (step.vector - exact[number]) / factors * (whole / clip)
             off_grid.append(np.abs(units - np.rint(units)))
             sizes.append(len(step.rows))
-    shape = (len(sizes), size)
+    shape = (len(sizes), agreed.size(phase))
     return Residuals(
         noise=np.reshape(noise, shape),
         signal=np.reshape(signal, shape),
@@ -98,8 +100,11 @@ def _of_phase(specimen: Specimen, released: Sequence[Release]) -> Residuals:
 def deviations(agreed: AgreedPlan, round_plan: RoundPlan, sums: int, encodings: int) -> Reals:
     """The stated standard deviation of `sums` noised sums together, (d,), of which `encodings` were encoded after.
 
-    The encoding rounds at random: a fraction f of its step, itself uniform, has the variance E[f (1 - f)] = 1/6.
+    The encoding rounds at random: a fraction f of its step, itself uniform, has the variance E[f (1 - f)] = 1/6. What
+    is one step is encoded as it is.
     """
+    if agreed.plan.linear(round_plan.phase):
+        encodings = 0
     noise = agreed.noise_multipliers[round_plan.phase] * agreed.plan.privacy.clip
     layout = field_layout(agreed, round_plan)
     steps = np.concatenate([np.full(length, scale / layout.half_range) for length, scale in layout.segments])

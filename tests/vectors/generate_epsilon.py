@@ -8,6 +8,7 @@ closed form of Balle and Wang (ICML 2018, theorem 8) to fifty digits. Not run by
 from __future__ import annotations
 
 import json
+from math import sqrt
 from pathlib import Path
 
 import mpmath
@@ -38,8 +39,14 @@ SAMPLED = [  # ((sampling rate, noise multiplier, steps), ...), delta
     ([(0.05, 0.8, 50)], 1e-5),
     ([(0.5, 8.0, 60), (0.17, 1.2, 20)], 1e-5),  # two phases
     ([(0.1, 1.5, 100), (0.01, 0.9, 500)], 1e-6),
+    ([(0.2, sqrt(2) * 1.2, 62)], 1e-5),  # rounds of one step, 2 or 5 honest sites' noises in each sum
+    ([(0.5, sqrt(5) * 3.0, 60)], 1e-6),
+    ([(0.3, sqrt(5) * 1.5, 20), (0.17, 1.2, 20)], 1e-5),  # ... before a phase of several steps a round
 ]
-UNSAMPLED = [(0.7, 1, 1e-5), (1.0, 3, 1e-6), (2.0, 1, 1e-5), (13.1, 66, 1e-5), (5.0, 10, 1e-3), (40.0, 200, 1e-8)]
+UNSAMPLED = [
+    (0.7, 1, 1e-5), (1.0, 3, 1e-6), (2.0, 1, 1e-5), (13.1, 66, 1e-5), (5.0, 10, 1e-3), (40.0, 200, 1e-8),
+    (sqrt(2) * 4.7375, 62, 1e-5), (sqrt(5) * 4.7375, 62, 1e-5),
+]  # fmt: skip
 
 
 def numerical(parts: list[tuple[float, float, int]], delta: float) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ plans that are chosen one after another, and as a cross-check. Knows plans and n
 
 Delta. Of every delta given here RESERVED_DELTA is set aside: 2^-40 for a noised sum that leaves its field's range
 (protocol.md section 3), and 2^-60 for the distance between the noise that is drawn and the continuous Gaussian that is
-accounted. Factors of 1 +- 2^-221 a coordinate (`noise.accounted_multiplier`, `gaussian`) add up to nothing; the 2^-240
+accounted. Factors of 1 +- 2^-220 a coordinate (`noise.accounted_multiplier`, `gaussian`) add up to nothing; the 2^-240
 in total variation that a sample may be off counts 1 + e^epsilon times, and so stays below 2^-60 for 2^60 coordinates at
 epsilon 80.
 """
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Literal
 
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, Part, RunPlan
-from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA, SMOOTHING, accounted_multiplier, grid_sigma
-from foedus_common.ranges import SiteGrid, site_grid
+from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA, SMOOTHING, accounted_multiplier
+from foedus_common.ranges import SiteGrid, honest_sites, no_room, noise_grid, site_grid
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -63,18 +63,35 @@ local: the plan's unit of privacy, by this site's own noise, as if secure aggreg
 unit, while secure aggregation holds and at most `colluding` sites help the coordinator."""
 
 
+def promised_view(plan: RunPlan) -> View:
+    """Of which cost a plan states its epsilon. A record's does not rest on secure aggregation; a site's has to."""
+    return "central" if plan.privacy.unit == "site" else "local"
+
+
 def event_of_phase(agreed: AgreedPlan, phase: int, view: View = "row") -> GaussianSteps:
     """What one release in a phase (number from 0) costs; all its rounds cost the same.
 
-    Where the record is the unit all views are one: a round of several steps is not linear in its noise, so that no sum
-    of noises is claimed. Raises LocalError for a plan without privacy, or whose noise cannot be drawn.
+    Raises LocalError for a plan without privacy, or whose noise cannot be drawn.
+    """
+    if agreed.plan.privacy.unit == "record" and not noise_grid(agreed, phase).drawable:
+        if agreed.plan.linear(phase):
+            raise no_room(agreed)
+        raise LocalError(f"The plan {agreed.plan.run.name!r} has less noise in a phase than can be drawn, or more.")
+    return _event(agreed, phase, view)
+
+
+def _event(agreed: AgreedPlan, phase: int, view: View) -> GaussianSteps:
+    """The same, whether the noise can be drawn or not.
+
+    Where the record is the unit the views differ in linear phases only: a round of several steps is not linear in its
+    noise, so that no sum of noises is claimed. In a linear one the sum that is opened has the noise of all its honest
+    sites, and one row moves it no further than it moves its own site's.
     """
     settings = agreed.plan.phase[phase]
     match agreed.plan.privacy.unit:
         case "record":
-            if grid_sigma(agreed.noise_multipliers[phase]) < MIN_SIGMA:
-                raise LocalError(f"The plan {agreed.plan.run.name!r} has less noise in a phase than can be drawn.")
-            worth = accounted_multiplier(agreed.noise_multipliers[phase], agreed.size(phase))
+            noises = honest_sites(agreed) if view == "central" and agreed.plan.linear(phase) else 1
+            worth = accounted_multiplier(noise_grid(agreed, phase), agreed.size(phase), noises)
             return GaussianSteps(worth, settings.sampling_rate or 0.0, settings.steps or 0)
         case "site":
             return GaussianSteps(_site_multiplier(site_grid(agreed, phase), view), 1.0, 1)
@@ -93,9 +110,19 @@ def _site_multiplier(grid: SiteGrid, view: View) -> float:
 
 
 def events_of(agreed: AgreedPlan, view: View = "row") -> list[GaussianSteps]:
-    """What the whole run may cost, its retries included (`AgreedPlan.releases`)."""
-    phases = range(len(agreed.plan.phase))
-    return [repeated(event_of_phase(agreed, phase, view), agreed.releases(phase)) for phase in phases]
+    """What the whole run may cost, its retries included."""
+    return _with_retries(agreed, [event_of_phase(agreed, phase, view) for phase in range(len(agreed.plan.phase))], view)
+
+
+def _with_retries(agreed: AgreedPlan, of_release: Sequence[GaussianSteps], view: View) -> list[GaussianSteps]:
+    """Rounds per phase, and the retries where a release costs most: which phase that is may differ by view."""
+    if view != "central":
+        times = [agreed.releases(phase) for phase in range(len(of_release))]
+    else:
+        costs = [event.steps * (event.sampling_rate / event.noise_multiplier) ** 2 for event in of_release]
+        times = [phase.rounds for phase in agreed.plan.phase]
+        times[costs.index(max(costs))] += agreed.plan.secure_aggregation.retries
+    return [repeated(event, count) for event, count in zip(of_release, times, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -111,10 +138,11 @@ def epsilons(agreed: AgreedPlan, releases: Sequence[int] | None = None) -> Epsil
     delta = agreed.plan.privacy.delta
     if not agreed.plan.privacy.on or delta is None:
         return None
-    times = [agreed.releases(phase) for phase in range(len(agreed.plan.phase))] if releases is None else releases
 
     def of(view: View) -> float:
-        events = [repeated(event_of_phase(agreed, phase, view), count) for phase, count in enumerate(times)]
+        if releases is None:
+            return epsilon(events_of(agreed, view), delta)
+        events = [repeated(event_of_phase(agreed, phase, view), count) for phase, count in enumerate(releases)]
         return epsilon(events, delta)
 
     return Epsilons(of("local"), of("central"))
@@ -171,24 +199,28 @@ def gaussian_epsilon(rho: float, delta: float) -> float:
 def calibrate(plan: RunPlan, sizes: Sequence[int]) -> tuple[float, ...]:
     """One noise multiplier per phase, so that rounds and retries together just meet the plan's epsilon from below.
 
-    The plan's epsilon is the central one. sizes: d per phase. A phase gets its share of rho: its multiplier is
+    Which epsilon that is says `promised_view`. sizes: d per phase. A phase gets its share of rho: its multiplier is
     proportional to sampling_rate * sqrt(steps * rounds / share), the zCDP of a Gaussian scaled by amplification (where
     the site is the unit, of one step without sampling); the factor is solved by PLD. Multipliers are whole grid units.
     The result lies within 0.2 % of epsilon and never closer than 1e-6 of it, so that the arithmetic of another machine
     cannot find it above. Returns () for a plan without privacy; raises LocalError if no noise in the sampler's range
-    meets the plan.
+    meets the plan, or its fields cannot hold it.
     """
     target, delta = plan.privacy.epsilon, plan.privacy.delta
     if not plan.privacy.on or target is None or delta is None:
         return ()
-    usable = _usable(delta)
+    usable, view = _usable(delta), promised_view(plan)
 
     def cost(factor: float, interval: float) -> float:
-        return _epsilon(_merged(events_of(_with_noise(plan, sizes, factor), "central")), usable, interval)
+        agreed = _with_noise(plan, sizes, factor)
+        of_release = [_event(agreed, phase, view) for phase in range(len(plan.phase))]
+        return _epsilon(_merged(_with_retries(agreed, of_release, view)), usable, interval)
 
     factor = _solve(lambda candidate: cost(candidate, 10 * INTERVAL), target, 1 / target)
     factor = _solve(lambda candidate: cost(candidate, INTERVAL), target, factor)
-    return _with_noise(plan, sizes, factor).noise_multipliers
+    solved = _with_noise(plan, sizes, factor)
+    events_of(solved, view)  # refuses what cannot be drawn
+    return solved.noise_multipliers
 
 
 def _with_noise(plan: RunPlan, sizes: Sequence[int], factor: float) -> AgreedPlan:

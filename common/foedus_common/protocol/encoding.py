@@ -125,6 +125,21 @@ class FieldLayout:
             integers[part] = steps
         return integers
 
+    def whole_steps(self, vector: npt.NDArray[np.float64]) -> Integers:
+        """float64 (d,) of whole multiples of each segment's step -> those multiples, int64 (d,).
+
+        LocalError for a value more than 2^-10 of a step off, or not finite: this is for what was made on the grid.
+        """
+        self._require_shape(vector)
+        integers = np.empty(self.dimension, dtype=np.int64)
+        for part, scale in self._blocks(0, self.dimension):
+            steps = vector[part] * (self.half_range / scale)
+            whole = np.rint(steps)
+            if not bool(np.all(np.abs(steps - whole) < 2.0**-10)):  # false for NaN too
+                raise LocalError(f"coordinates {part.start}..{part.stop - 1} are not whole steps of their layout")
+            integers[part] = whole
+        return integers
+
     def pack(self, integers: Integers) -> Words:
         """int64 (d,) in -R..R -> words (words,). LocalError beyond that range."""
         self._require_shape(integers)

@@ -18,6 +18,7 @@ from foedus_common.adapters import Tensors
 from foedus_common.plan import AgreedPlan, RoundPlan
 from foedus_common.privacy.noise import noised_sum
 from foedus_common.randomness import RandomBytes
+from foedus_common.ranges import noise_grid
 from foedus_common.tasks.head import HEAD
 from foedus_common.tasks.per_example import PerExampleGradients
 from foedus_common.tasks.rows import EncodedRows
@@ -45,6 +46,8 @@ def private_update(
     A step adds -learning_rate / (scale * divisor) * noised_sum to each group. An empty batch is a step like any other.
     Steps are added up by themselves: end minus start would be rounded to what numbers of the size of `start` can tell
     apart, beyond the range of the encoding, and whether a site then declines would depend on its rows.
+    With one step the update is that product and nothing else: whole steps of the round's encoding, up to the last bits
+    of float64 (`foedus_common.ranges.noise_grid`).
     """
     settings, privacy = round_plan.settings, agreed.plan.privacy
     divisor, steps, rate = privacy.divisor or 0, settings.steps or 0, settings.sampling_rate or 0.0
@@ -54,11 +57,11 @@ def private_update(
             for part in agreed.trained[round_plan.phase]
         ]
     )
-    update = np.zeros_like(start)
+    grid, update = noise_grid(agreed, round_plan.phase), np.zeros_like(start)
     for step in range(steps):
         total = clipped_sum(start + update, poisson_sample(rows, rate, random))
         bounded = np.clip(total, -divisor * privacy.clip, divisor * privacy.clip)  # so that the encoding's range holds
-        update -= factor * noised_sum(bounded, privacy.clip, agreed.noise_multipliers[round_plan.phase], random)
+        update -= factor * noised_sum(bounded, privacy.clip, grid, random)
         progress("steps", step + 1, steps)
     return update
 

@@ -35,7 +35,7 @@ from foedus_common.privacy.accounting import (
     rdp,
     rdp_budget,
 )
-from foedus_common.privacy.noise import accounted_multiplier
+from foedus_common.privacy.noise import accounted_multiplier, fine_grid
 from plans import agreed_plan, run_plan
 
 DELTA = 1e-5
@@ -147,8 +147,10 @@ def test_the_reserve_counts() -> None:
 def test_every_release_of_the_run_is_counted_with_the_noise_it_is_worth() -> None:
     agreed = agreed_plan()
     head, adapter = events_of(agreed)
-    assert head == GaussianSteps(accounted_multiplier(13.1, 60), 1.0, 3 * 20)
-    assert adapter == GaussianSteps(accounted_multiplier(1.0, 100), 0.17, 2 * (8 + 2))  # 2 retries, costliest here
+    assert head == GaussianSteps(accounted_multiplier(fine_grid(13.1), 60), 1.0, 3 * 20)
+    assert adapter == GaussianSteps(
+        accounted_multiplier(fine_grid(1.0), 100), 0.17, 2 * (8 + 2)
+    )  # 2 retries, costliest here
     assert event_of_phase(agreed, 1) == dataclasses.replace(adapter, steps=2)
 
 

@@ -20,7 +20,7 @@ from scipy import stats
 
 from exact_gaussian import Bits, bernoulli_exp, exact_discrete_gaussian
 from foedus_common.privacy import gaussian
-from foedus_common.privacy.gaussian import BITS, decomposition, samples, table
+from foedus_common.privacy.gaussian import BITS, HALVING, decomposition, halved, samples, table
 from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA
 from seeded import seeded
 
@@ -28,10 +28,10 @@ VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "discrete_gaussian
 KEYS = [seeded(f"key {number}")(32) for number in range(12)]
 
 
-def mass(variance: int, value: int) -> Fraction:
+def mass(variance: int, value: int, half: bool = False) -> Fraction:
     """P(value), from the table."""
-    cumulative = (0, *table(variance).cumulative, 1 << BITS)
-    place = value - table(variance).lowest
+    cumulative = (0, *table(variance, half).cumulative, 1 << BITS)
+    place = value - table(variance, half).lowest
     return Fraction(cumulative[place + 1] - cumulative[place], 1 << BITS) if 0 <= place < len(cumulative) - 1 else 0
 
 
@@ -52,6 +52,35 @@ def test_a_table_is_the_distribution_to_75_digits(variance: int) -> None:
                 assert abs(Decimal(found.cumulative[place]) / (1 << BITS) - running / total) < Decimal(2) ** -250
             else:
                 assert min(running, total - running) / total < Decimal(2) ** -250
+
+
+def test_a_table_about_one_half_is_its_distribution_to_75_digits() -> None:
+    with localcontext() as context:
+        context.prec = 110
+        weights = {k: (-Decimal((2 * k - 1) ** 2) / (8 * HALVING)).exp() for k in range(-90, 92)}
+        for value in weights:
+            found = mass(HALVING, value, half=True)
+            expected = weights[value] / sum(weights.values())
+            assert abs(Decimal(found.numerator) / Decimal(found.denominator) - expected) < Decimal(2) ** -250
+
+
+@pytest.mark.parametrize("centre", [0, 1, -7])
+def test_a_half_of_a_gaussian_has_the_probabilities_of_a_gaussian_to_60_digits(centre: int) -> None:
+    """Also about a centre that is no whole number any more: that is what makes rounding unnecessary."""
+    variance, at_zero = 300, None
+    reach = 1 - table(variance).lowest
+    with localcontext() as context:
+        context.prec = 110
+        for value in (0, 1, 5, -40):
+            found = sum(
+                mass(variance, x - centre) * mass(HALVING, value - (x >> 1), bool(x & 1))
+                for x in range(centre - reach, centre + reach + 1)
+            )
+            off = Decimal(value) - Decimal(centre) / 2
+            expected = (-off * off / (2 * (Decimal(variance) / 4 + HALVING))).exp()
+            ratio = Decimal(found.numerator) / Decimal(found.denominator) / expected
+            at_zero = at_zero or ratio
+            assert abs(ratio / at_zero - 1) < Decimal(10) ** -60
 
 
 def test_tables_fit_two_bytes() -> None:
@@ -184,6 +213,25 @@ def test_tails_are_as_heavy_as_they_should_be(sigma: int) -> None:
         inside = sum(mass(sigma**2, k) for k in range(-reach, reach + 1)) if sigma == 64 else None
         beyond = float(1 - inside) if inside else 2 * stats.norm.sf(deviations)
         assert stats.binomtest(int(np.sum(drawn > reach)), drawn.size, beyond).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("value", [12, 13, -7])
+def test_halving_draws_about_one_half_of_each_value(value: int) -> None:
+    drawn = halved(np.full(400_000, value), 1, KEYS[7]) - (value >> 1)
+    expected = [float(mass(HALVING, k, bool(value & 1))) * drawn.size for k in range(-8, 10)]
+    observed = np.bincount(drawn[(drawn > -9) & (drawn < 10)] + 8, minlength=18)
+    rest = drawn.size - observed.sum(), drawn.size - sum(expected)
+    assert stats.chisquare([*observed, rest[0]], [*expected, rest[1]], sum_check=False).pvalue > 1e-3
+
+
+def test_several_halvings_keep_the_mean_and_add_their_variances() -> None:
+    values = np.resize(np.arange(-1000, 1000), 400_000)
+    drawn = halved(values, 5, KEYS[8]) - values / 2**5
+    variance = sum(HALVING / 4**number for number in range(5))
+    assert abs(drawn.mean()) < 4 * (variance / drawn.size) ** 0.5
+    assert drawn.var() == pytest.approx(variance, rel=4 * (2 / drawn.size) ** 0.5)
+    assert abs(np.corrcoef(drawn, values)[0, 1]) < 4 / drawn.size**0.5
+    assert np.array_equal(halved(values, 0, KEYS[8]), values)
 
 
 def test_low_bits_are_uniform() -> None:

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from foedus_common.errors import LocalError
 from foedus_common.privacy.gaussian import samples
-from foedus_common.privacy.noise import GRID, MAX_SIGMA, MIN_SIGMA, accounted_multiplier, discrete_gaussian, noised_sum
+from foedus_common.privacy.noise import (
+    GRID,
+    MAX_SIGMA,
+    MIN_SIGMA,
+    accounted_multiplier,
+    discrete_gaussian,
+    fine_grid,
+    noised_sum,
+)
 from seeded import seeded
 
 
@@ -50,7 +58,7 @@ def test_the_noised_sum_is_the_rounded_sum_plus_the_noise_exactly(
     total: list[float], clip: float, multiplier: float
 ) -> None:
     vector = np.array(total) * clip
-    noised = noised_sum(vector, clip, multiplier, seeded("sum"))
+    noised = noised_sum(vector, clip, fine_grid(multiplier), seeded("sum"))
     drawn = discrete_gaussian(round(multiplier * GRID), vector.size, seeded("sum"))
     on_grid = noised / (clip / GRID)
     assert np.abs(on_grid - drawn - vector * (GRID / clip)).max() <= 0.5 + 1e-3
@@ -60,7 +68,7 @@ def test_the_noised_sum_is_the_rounded_sum_plus_the_noise_exactly(
 def test_noise_is_never_truncated() -> None:
     """A total at the clamp still gets noise of both signs beyond it."""
     divisor = 100
-    noised = noised_sum(np.full(10_000, float(divisor)), 1.0, 3.0, seeded("clamp"))
+    noised = noised_sum(np.full(10_000, float(divisor)), 1.0, fine_grid(3.0), seeded("clamp"))
     assert (noised > divisor).mean() == pytest.approx(0.5, abs=0.02)
     assert noised.std() == pytest.approx(3.0, rel=0.03)
 
@@ -68,12 +76,12 @@ def test_noise_is_never_truncated() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 def test_a_total_that_is_not_a_number_is_refused(bad: float) -> None:
     with pytest.raises(LocalError, match="not finite"):
-        noised_sum(np.array([0.0, bad]), 1.0, 1.0, bytes)
+        noised_sum(np.array([0.0, bad]), 1.0, fine_grid(1.0), bytes)
 
 
 @given(multiplier=st.floats(0.01, 500), size=st.integers(1, 10**8))
 def test_the_accounted_multiplier_never_flatters(multiplier: float, size: int) -> None:
-    worth = accounted_multiplier(multiplier, size)
+    worth = accounted_multiplier(fine_grid(multiplier), size)
     exact_square = Fraction(round(multiplier * GRID)) ** 2 / (GRID + Fraction(math.isqrt(size))) ** 2
     assert Fraction(worth) ** 2 < exact_square
     assert worth == pytest.approx(multiplier * GRID / (GRID + math.sqrt(size)), rel=1e-3)

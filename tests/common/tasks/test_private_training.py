@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import LEAST, MOST, AgreedPlan, RoundPlan, schedule
-from foedus_common.privacy.noise import noised_sum
+from foedus_common.privacy.noise import fine_grid, noised_sum
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks.encoder import HEAD
 from foedus_common.tasks.local_trainer import LocalTrainer
@@ -206,7 +206,7 @@ def test_a_step_is_the_plans_formula(agreed: AgreedPlan, adapter_round: RoundPla
     random, expected = seeded(5), start.copy()
     for _ in range(2):
         chosen = poisson_sample(40, 0.5, random)
-        noised = noised_sum(np.clip(clipped_sum(expected, chosen), -10, 10), 1.0, 1.0, random)
+        noised = noised_sum(np.clip(clipped_sum(expected, chosen), -10, 10), 1.0, fine_grid(1.0), random)
         expected[:head] -= 2.0 / (0.5 * 10) * noised[:head]
         expected[head:] -= 8.0 / 10 * noised[head:]
     np.testing.assert_allclose(found, expected - start, rtol=1e-12)
