@@ -8,7 +8,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from foedus_client.round import SiteRounds
+from foedus_common.errors import Reason, RemoteError
 from foedus_common.link.contents import body_of, content_of
+from foedus_common.protocol import wire
 
 STAGES = ("keys", "shares", "mask", "survivors", "unmask")
 
@@ -27,6 +29,19 @@ def client_app(rounds: SiteRounds) -> ClientApp:
 
 def _handler(answer: Callable[[bytes], bytes]) -> Callable[[Message, Context], Message]:
     def handle(message: Message, context: Context) -> Message:
-        return Message(content_of(answer(body_of(message))), reply_to=message)
+        body = body_of(message)
+        _require_run(body, message.metadata.run_id)
+        return Message(content_of(answer(body)), reply_to=message)
 
     return handle
+
+
+def _require_run(body: bytes, run_id: int) -> None:
+    """Raises RemoteError when the envelope is of another run than its message. The link hands over one message of a run
+    at a time; under two runs' names, two messages of one run would be at work at once."""
+    try:
+        named = wire.parse_envelope(body).header.run_id
+    except RemoteError:
+        return  # for the pages to refuse, which drop every secret under way
+    if named != run_id:
+        raise RemoteError(Reason.BAD_MESSAGE, f"an envelope of run {named} came in a message of run {run_id}")

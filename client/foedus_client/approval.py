@@ -17,6 +17,9 @@ from foedus_common.errors import LocalError, PolicyRefusal
 from foedus_common.identity import Roster
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
 
+POLICY = "policy"
+"""Who decides where no person has to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Approval:
@@ -28,9 +31,21 @@ class Approval:
     store: SiteStore
     ledger: Ledger
 
-    def reasons(self, agreed: AgreedPlan) -> tuple[str, ...]:
-        """Everything that stands against the plan now; empty when it may be approved."""
-        return _reasons(decide(agreed, self._facts(agreed), self.policy, self._account(agreed)))
+    def reasons(self, agreed: AgreedPlan, by: str = "") -> tuple[str, ...]:
+        """Everything that stands against the plan now; empty when `by` may approve it.
+
+        Labels of the data that the plan does not list stand against it for people only. What policy answers by itself
+        the coordinator learns at once and may ask as often as it likes, with any list of labels: such rows then take no
+        part, and nothing tells that they are there (docs/decisions/0033).
+        """
+        facts = self._facts(agreed)
+        if by == POLICY:
+            facts = dataclasses.replace(facts, foreign_rows=0)
+        return _reasons(decide(agreed, facts, self.policy, self._account(agreed)))
+
+    def left_out(self, agreed: AgreedPlan) -> int:
+        """Rows of the plan's dataset that take no part, for their label is not the plan's. For this machine's eyes."""
+        return self._facts(agreed).foreign_rows
 
     def lasting_reasons(self, agreed: AgreedPlan) -> tuple[str, ...]:
         """What stands against it whatever is added here: not that the model or the data is still missing."""
@@ -44,7 +59,7 @@ class Approval:
     ) -> AgreedPlan:
         """Say yes to a pending plan and set its budget aside, or to an approved one anew, which replaces what was said.
 
-        by: "policy", or the person's name. expires_at: Unix seconds; None for never. epsilon_cap: of what the run may
+        by: POLICY, or the person's name. expires_at: Unix seconds; None for never. epsilon_cap: of what the run may
         release, at the policy's delta; None for all that the plan asks for. Raises PolicyRefusal with every reason
         against it, LocalError when no such plan waits or is approved, or for a cap that a plan cannot have.
         """
@@ -54,7 +69,7 @@ class Approval:
             asked = self.epsilon(agreed)
             if epsilon_cap is not None and (asked is None or not epsilon_cap > 0):
                 raise LocalError("A cap on epsilon has to be above 0, and the plan has to have privacy.")
-            if reasons := self.reasons(agreed):
+            if reasons := self.reasons(agreed, by):
                 raise PolicyRefusal(reasons)
             limited = capped(agreed, self.policy, self.ledger.account(agreed.plan.data.name))
             self.ledger.reserve_run(agreed, self.policy.budget, capped=limited)

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from foedus_common.errors import LocalError
 
 KEY_BYTES = 16
 MAX_FIELD_CHARACTERS = 1 << 24
+
+_HALVES = re.compile("[\ud800-\udfff]")
+"""Surrogates: JSON can hold one of a pair without the other, which is no character and which no tokenizer takes."""
 
 csv.field_size_limit(MAX_FIELD_CHARACTERS)
 
@@ -117,6 +121,8 @@ def _value(where: str, record: Record, column: str) -> Any:
         raise LocalError(f"{where} has no value in column {column!r}; fill it or leave the row out.")
     if (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and value.strip().lower() == "nan"):
         raise LocalError(f"{where} has NaN in column {column!r}; fill it or leave the row out.")
+    if isinstance(value, str) and _HALVES.search(value):
+        raise LocalError(f"{where} holds half a character (a lone surrogate) in column {column!r}; repair its text.")
     if isinstance(value, str) and not value.strip():
         raise LocalError(f"{where} is empty in column {column!r}; fill it or leave the row out.")
     return value

@@ -25,7 +25,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from foedus_client.approval import Approval
+from foedus_client.approval import POLICY, Approval
 from foedus_client.audit import notary, note_roster
 from foedus_client.ledger.accounts import Commitment
 from foedus_client.ledger.ledger import Ledger
@@ -157,10 +157,12 @@ class SiteRounds:
                 site.member.name, site.member.roster(site.clock.now()), site.policy, site.store, site.ledger
             )
             if reasons := approval.lasting_reasons(agreed):
-                approval.decline(digest, by="policy")
+                approval.decline(digest, by=POLICY)
                 raise PolicyRefusal(reasons)
             if not site.policy.require_approval:
-                approval.approve(digest, by="policy")
+                approval.approve(digest, by=POLICY)
+                if rows := approval.left_out(agreed):
+                    logger.warning("run %s: %d rows have labels that are not the plan's", agreed.plan.run.name, rows)
             else:
                 logger.info("run %s waits for approval: `foedus-site plans`", agreed.plan.run.name)
         while (stored := site.store.plan(digest)) and stored.state == "pending":

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from cheating import COHORT, HONEST, MOLE, MOLES, VICTIM, Attempt, Cheat
+from cheating import COHORT, HONEST, MOLE, MOLES, SECONDS, VICTIM, Attempt, Cheat
 from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason
 from foedus_common.identity import SignedPlan, generate_key
 from foedus_common.link import foedus_pb2 as pb
@@ -642,6 +642,16 @@ def mutated(cheat: Cheat) -> str:
     ciphertext = shares.sealed[0][1]
     request = attempt.requests[VICTIM].replace(ciphertext, ciphertext[: 2 * SHARE_BYTES])
     cheat.send(VICTIM, STAGE_TYPES[2], request)
+    return VICTIM
+
+
+@attack("an attempt is begun under another run's name, beside the run's own messages", Reason.BAD_MESSAGE)
+def another_run_s_name(cheat: Cheat) -> str:
+    other = cheat.federation.link.grid(cheat.run_id + 1_000_000, 1 << 20)
+    request = other.message(VICTIM, STAGE_TYPES[0], cheat.attempt().requests[VICTIM], ttl=SECONDS)
+    (reply,) = other.send_and_receive([request], timeout=SECONDS)
+    assert reply.has_error()
+    other.close()
     return VICTIM
 
 

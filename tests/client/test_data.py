@@ -90,6 +90,7 @@ BAD: list[tuple[str, str, str | bytes, str]] = [
     ("JSON list", "d.jsonl", f'["{SECRET}"]\n', "Line 1 of d.jsonl is not a JSON object"),
     ("JSON NaN", "d.jsonl", '{"note": "a", "chapter": NaN}\n', "Row 1 of d.jsonl has NaN in column 'chapter'"),
     ("JSON null", "d.jsonl", '{"note": null, "chapter": "b"}\n', "Row 1 of d.jsonl has no value in column 'note'"),
+    ("half a character", "d.jsonl", '{"note": "a\\ud800b", "chapter": "b"}\n', "half a character (a lone surrogate)"),
     ("number as text", "d.jsonl", '{"note": 5, "chapter": "b"}\n', "Row 1 of d.jsonl has something other than text"),
     ("fraction as label", "d.jsonl", '{"note": "a", "chapter": 0.5}\n', "neither text nor a whole number"),
     ("truth as label", "d.jsonl", '{"note": "a", "chapter": true}\n', "neither text nor a whole number"),

@@ -324,12 +324,14 @@ def test_a_release_without_privacy_is_an_infinite_epsilon(ledger: Ledger) -> Non
         ledger.reserve_run(agreed, BUDGET)
     ledger.reserve_run(agreed, BUDGET, capped=False)
     train(ledger, agreed, 0)
-    ledger.reserve_round(9, 1)
-    ledger.reserve_round(9, 1)  # nothing of round 1 was released
+    first, second = ledger.reserve_round(9, 1), ledger.reserve_round(9, 1)  # nothing of round 1 was released
+    ledger.release(second, terms(agreed, 1), vector(second))
+    with pytest.raises(PolicyRefusal, match="their difference"):  # whichever of the two trainings ends first
+        ledger.release(first, terms(agreed, 1), vector(first))
     with pytest.raises(PolicyRefusal, match="their difference"):
         ledger.reserve_round(9, 0)
     (line,) = ledger.lines(BUDGET)
-    assert (line.spent, line.left, line.releases_without_privacy) == (math.inf, 0, 1)
+    assert (line.spent, line.left, line.releases_without_privacy) == (math.inf, 0, 2)
     with pytest.raises(PolicyRefusal):
         ledger.reserve_run(small_plan(), BUDGET)
 
@@ -485,6 +487,15 @@ def test_datasets_that_share_rows_share_an_account(ledger: Ledger, tmp_path: Pat
     with pytest.raises(PolicyRefusal, match="has spent or reserved"):
         ledger.reserve_run(small_plan(8, data__name="more"), Budget(2.0, 1e-5))
     ledger.reserve_run(small_plan(8, data__name="else"), Budget(2.0, 1e-5))
+
+
+def test_two_columns_of_one_file_share_an_account(ledger: Ledger, tmp_path: Path) -> None:
+    """Every row of either is about the same person."""
+    file = tmp_path / "visits.csv"
+    file.write_text("history,finding,chapter\nfell,fracture,Bones\nslipped,bruise,Skin\n")
+    for column in ("history", "finding"):
+        ledger.add_dataset(column, file, column, "chapter", survey(file, column, "chapter"))
+    assert ledger.account("finding") == ledger.account("history")
 
 
 def test_the_same_rows_under_a_second_name_are_refused(ledger: Ledger, tmp_path: Path) -> None:

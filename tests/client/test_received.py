@@ -34,7 +34,7 @@ from foedus_common.protocol import wire
 from known_sites import FIRST, SPEC, join_site, plan_of, submit
 from operators import Operator
 from seeded import seeded
-from tiny_model import rows
+from tiny_model import LABELS, rows
 
 RUN = 7
 
@@ -86,12 +86,12 @@ class Untouched:
 class World:
     """One site, a plan that its coordinator has agreed, and what the site has on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder, self.clock = folder, ManualClock()
         self.operator = Operator(folder / "operator", self.clock)
         home = folder / "north"
         member = join_site(self.operator, home, "north", self.clock, rows())
-        _, self.agreed = submit(self.operator.home, self.operator.store, plan_of(rounds=2), RUN)
+        _, self.agreed = submit(self.operator.home, self.operator.store, plan_of(rounds=2, **changes), RUN)
         self.objects = ObjectStore(home / "objects")
         self.coordinator = Coordinator(self.objects)
         self.store = SiteStore(home / "site.db", self.clock)
@@ -285,6 +285,14 @@ def test_adapters_that_cannot_be_trained_from_do_not_fill_the_disk(world: World)
             continue
     assert world.kept() == kept
     assert len(world.ledger.run(RUN).charges) == 3  # the round, and the plan's two retries
+
+
+@pytest.mark.parametrize("labels", [LABELS, ["Eye", "Ear", "Nose"], ["Nose", "Mouth", "Chin"]])
+def test_no_list_of_labels_finds_out_which_there_are(tmp_path: Path, labels: list[str]) -> None:
+    """Where policy decides by itself, a plan is a free question: no row may change the answer."""
+    world = World(tmp_path, task__labels=labels)
+    assert world.propose() == m.Ready()
+    world.close()
 
 
 def test_the_right_plan_and_invitation_are_not_declined(world: World) -> None:

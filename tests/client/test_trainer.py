@@ -100,6 +100,17 @@ def test_an_adapter_of_other_bytes_is_refused_and_the_trainer_lives_on(site: Sit
     assert trainer.train(site.adapter, site.sha256, plan).size
 
 
+@pytest.mark.parametrize("labels", [["Eye", "Nose", "Chin"], ["Nose", "Mouth", "Chin"]])
+def test_rows_whose_label_the_plan_does_not_list_take_no_part(site: Site, labels: list[str]) -> None:
+    """And if that leaves none, nobody learns it: their absence is a vector of noise."""
+    agreed = tiny_agreed(site.model, task__labels=labels)
+    answers = SimpleNamespace(progress=lambda *_: None)
+    trainer = Trainer(site.settings(), agreed, answers)  # type: ignore[arg-type]
+    trainer.train(site.adapter, site.sha256, 0)
+    assert trainer._local is not None
+    assert len(trainer._local.rows) == (10 if "Eye" in labels else 0)
+
+
 class Harm:
     """Unpickled, it leaves a file."""
 

@@ -219,13 +219,14 @@ class Ledger:
         """Spend a charge and put its vector into the outbox: from here on it may be sent and is never refunded.
 
         The vector's object has to be on disk. Raises LocalError unless the charge is reserved, for this plan and
-        round, in an open run.
+        round, in an open run; PolicyRefusal for a second vector of a round without privacy.
         """
         with self._store.transaction("release"):
             run = self._open_run(terms.run_id)
             paid = {c.number for c in run.charges_of(terms.round) if c.state == "reserved"}
             if charge not in paid or terms.plan_digest.hex() != run.commitment.plan_digest:
                 raise LocalError(f"Charge {charge} does not pay for round {terms.round} of run {terms.run_id}.")
+            _require_first_without_privacy(run, terms.round)
             self._append("release", run_id=terms.run_id, charge=charge)
             self._store.put_vector(charge, terms, vector)
 
@@ -356,7 +357,8 @@ class Ledger:
         for other in self._store.datasets():
             if other.rows_sha256 == survey.rows_sha256:
                 raise LocalError(f"The same rows were added already, as {other.name!r}; use that dataset.")
-            if share_rows(self._store.row_keys(other.name), survey.row_keys):
+            one_file = other.file_sha256 == survey.file_sha256  # another of its columns is about the same people
+            if one_file or share_rows(self._store.row_keys(other.name), survey.row_keys):
                 accounts.add(other.account)
         if len(accounts) > 1:
             raise LocalError(
@@ -373,12 +375,22 @@ def _require_retry(run: Run, round_index: int) -> None:
     if run.retries >= commitment.retries:
         raise PolicyRefusal([f"{again}, and the {commitment.retries} retries of its plan are used up."])
     if not commitment.private:
-        if any(charge.state != "reserved" for charge in run.charges_of(round_index)):
-            raise PolicyRefusal([f"{again}, and without privacy two sums of one round would show their difference."])
+        _require_first_without_privacy(run, round_index)
         return
     costs = commitment.cost(run.after_retry(commitment.phase(round_index)))
     if any(accounting.epsilon(costs, delta) > commitment.epsilon(delta) for delta in {commitment.delta, run.delta}):
         raise PolicyRefusal([f"{again}, and a retry in this phase would cost more than was approved."])
+
+
+def _require_first_without_privacy(run: Run, round_index: int) -> None:
+    """Raises PolicyRefusal when a vector of the round was released and no noise tells it from the next."""
+    if not run.commitment.private and any(charge.state != "reserved" for charge in run.charges_of(round_index)):
+        raise PolicyRefusal(
+            [
+                f"Round {round_index} of run {run.commitment.run_id} was released before, and without privacy two sums "
+                "of one round would show their difference."
+            ]
+        )
 
 
 def _require_consent_covers(run: Run, round_index: int) -> None:

@@ -101,7 +101,8 @@ class Trainer:
     def _with_data(self) -> LocalTrainer:
         settings, dataset = self._settings, Path(self._settings.dataset)
         check_dataset(dataset, settings.dataset_sha256)
-        rows = read_rows(dataset, settings.text, settings.label)
+        labels = set(self._agreed.plan.task.labels)
+        rows = [row for row in read_rows(dataset, settings.text, settings.label) if row[1] in labels]
         return LocalTrainer(self._classifier, self._agreed, rows, self._answers.progress)
 
 

@@ -27,7 +27,8 @@ class LocalTrainer:
     """Trains an agreed plan's rounds on one site's rows.
 
     classifier: the plan's model; several trainers may share one, in turn. rows: (text, label) pairs. Raises LocalError
-    when the classifier's spec or a layout is not the agreed one, when there are no rows, or a label is not the plan's.
+    when the classifier's spec or a layout is not the agreed one, or a label is not the plan's; without privacy also
+    when there are no rows. With it they are noise like any others: nothing is refused that only the data decides.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class LocalTrainer:
         progress: Progress = no_progress,
     ) -> None:
         check_spec(classifier, agreed)
-        if not rows:
+        if not (rows or agreed.plan.privacy.on):
             raise LocalError("The data has no rows; there is nothing to train on.")
         self.classifier = classifier
         self.rows = classifier.encode(rows)

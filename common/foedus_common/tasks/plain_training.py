@@ -43,6 +43,8 @@ def plain_update(
     diverges to numbers that are not finite; under it nothing is refused that only the data decides.
     """
     settings, spec = round_plan.settings, classifier.spec
+    if not len(rows):
+        return np.zeros(spec.size(settings.train))
     names = [tensor.name for tensor in spec.trained(settings.train) if tensor.name != HEAD]
     head = torch.nn.Parameter(torch.from_numpy(adapter[HEAD].copy()).to(classifier.device))
     trained = {HEAD: head} | {name: classifier.factors[name].weight.requires_grad_(True) for name in names}

@@ -71,10 +71,12 @@ def load_tokenizer(folder: Path) -> Any:
         raise LocalError(f"The tokenizer in {folder} cannot be loaded; the folder needs a tokenizer.json.") from None
 
 
-def encode_rows(tokenizer: Any, task: Task, rows: Sequence[tuple[str, str | None]]) -> EncodedRows:
+def encode_rows(tokenizer: Any, task: Task, rows: Sequence[tuple[str, str | None]], known: int) -> EncodedRows:
     """Tokenise (text, label) rows, cut to the task's max_length tokens; a label of None means that there is none.
 
-    Raises LocalError for a label that the plan does not have; the sentence does not quote it.
+    known: how many tokens the model has. Some tokenizers know more; such a token counts as the model's first, for a row
+    that the model cannot read would show by a site's declining that it is there. Raises LocalError for a label that the
+    plan does not have; the sentence does not quote it.
     """
     index: dict[str | None, int] = {label: number for number, label in enumerate(task.labels)}
     index[None] = -1
@@ -85,6 +87,7 @@ def encode_rows(tokenizer: Any, task: Task, rows: Sequence[tuple[str, str | None
     texts = [text for text, _ in rows]
     ids = tokenizer(texts, truncation=True, max_length=task.max_length)["input_ids"] if texts else []
     tokens = [np.array(row or [PADDING], np.int64) for row in ids]  # a row without any token still has a last one
+    tokens = [np.where(row < known, row, 0) for row in tokens]
     lengths = np.array([len(row) for row in tokens], np.int64)
     padded = np.minimum(-(-lengths // _MULTIPLE) * _MULTIPLE, task.max_length)
     return EncodedRows(tokens, labels, padded)

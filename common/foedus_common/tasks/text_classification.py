@@ -90,7 +90,7 @@ class TextClassifier:
 
     def encode(self, rows: Sequence[tuple[str, str | None]]) -> EncodedRows:
         """(text, label) rows ready for this model; see `encode_rows`."""
-        return encode_rows(self._tokenizer, self._task, rows)
+        return encode_rows(self._tokenizer, self._task, rows, self.encoder.get_input_embeddings().num_embeddings)
 
     def load_factors(self, tensors: Tensors) -> None:
         """Put an adapter's factors (all its tensors but the head) into the encoder."""

@@ -14,6 +14,7 @@ from foedus_common.plan import schedule
 from foedus_common.tasks.encoder import HEAD
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.text_classification import TextClassifier
+from plans import by_site
 from tiny_model import LABELS, rows, tiny_agreed, without_dp, write_tiny_model
 
 
@@ -32,6 +33,17 @@ def trainer_for(model: Path, count: int = 60, **changes: Any) -> tuple[LocalTrai
         for t in trainer.classifier.spec.tensors
     }
     return trainer, adapter, schedule(agreed.plan)
+
+
+def test_no_rows_are_an_update_of_zero_where_noise_follows_and_refused_where_none_does(model: Path) -> None:
+    agreed = tiny_agreed(model, **by_site())
+    classifier = TextClassifier.load(model, agreed.plan, dtype="float32")
+    adapter = {t.name: np.zeros(t.shape, np.float32) for t in classifier.spec.tensors}
+    for plan in (schedule(agreed.plan)[0], schedule(agreed.plan)[2]):
+        update = LocalTrainer(classifier, agreed, []).train(adapter, plan, os.urandom)
+        np.testing.assert_array_equal(update, np.zeros(agreed.size(plan.phase)))
+    with pytest.raises(LocalError, match="no rows"):
+        trainer_for(model, count=0)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -362,6 +362,9 @@ def test_a_plan_for_another_adapter_is_refused(
         LocalTrainer(classifier, change(agreed), rows())
 
 
-def test_no_rows_are_refused(classifier: TextClassifier, agreed: AgreedPlan) -> None:
-    with pytest.raises(LocalError, match="no rows"):
-        LocalTrainer(classifier, agreed, [])
+def test_no_rows_are_noise_like_any_others(classifier: TextClassifier, agreed: AgreedPlan) -> None:
+    trainer, adapter = LocalTrainer(classifier, agreed, []), an_adapter(classifier)
+    for plan in (schedule(agreed.plan)[0], schedule(agreed.plan)[2]):
+        update = trainer.train(adapter, plan, seeded(6))
+        assert update.shape == (agreed.size(plan.phase),)
+        assert update.all()

@@ -147,3 +147,16 @@ def test_a_gpu_that_is_one_too_far_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(LocalError, match=r"'cuda:2' was asked for, but .* cuda:0 to cuda:1"):
         choose_device("cuda:2")
+
+
+def test_a_token_that_the_model_does_not_have_is_no_reason_to_stumble(tmp_path: Path) -> None:
+    """A tokenizer may have one that was added later. A site whose rows hold it must train like any other."""
+    folder = write_tiny_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["diabetes"])
+    tokenizer.save_pretrained(folder)
+    classifier = TextClassifier.load(folder, tiny_plan(folder), dtype="float32")
+    with_it, without = classifier.encode([("eye diabetes", "Eye"), ("eye [PAD]", "Eye")]).tokens
+    assert with_it.tolist() == without.tolist()
+    adapter = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in classifier.spec.tensors}
+    assert classifier.features(adapter, classifier.encode([("eye diabetes", "Eye")])).isfinite().all()
