@@ -8,9 +8,9 @@ here. The arithmetic is not constant-time: it runs once per attempt, on secrets 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.randomness import RandomBytes
@@ -27,20 +27,27 @@ def split(secret: bytes, threshold: int, xs: Sequence[int], random: RandomBytes)
     """Shares (33 bytes each) of a 32-byte secret, one for each x: any `threshold` of them give it back, fewer nothing.
 
     The polynomial is the secret + sum of a_k * binomial(X, k) with random a_k (Newton's form): as uniform as in powers
-    of X, for the change of basis is triangular and k! has an inverse. Its values at 0, 1, 2, ... are then running sums.
-    `xs` are distinct and in 1..255 (they are index in cohort + 1). LocalError otherwise.
+    of X, for the change of basis is triangular and k! has an inverse. The secret and the a_k are its value and its
+    differences at 0. From x to x + 1 each difference grows by the next higher one; all of them, in lanes of one long
+    integer, by a shift and an addition. `xs` are distinct and in 1..255 (they are index in cohort + 1). LocalError
+    otherwise.
     """
     if len(secret) != SECRET_BYTES:
         raise LocalError(f"a shared secret has {SECRET_BYTES} bytes, not {len(secret)}")
-    if not 1 <= threshold <= len(xs) or len(set(xs)) != len(xs) or not all(1 <= x <= 255 for x in xs):
+    if not 1 <= threshold <= len(xs) or len(set(xs)) != len(xs) or min(xs) < 1 or max(xs) > 255:
         raise LocalError(f"cannot share a secret among {len(xs)} points with threshold {threshold}")
-    wide = random(_WIDE_BYTES * (threshold - 1))
-    differences = [
-        int.from_bytes(wide[start : start + _WIDE_BYTES], "big") % PRIME for start in range(0, len(wide), _WIDE_BYTES)
-    ]
-    values = [0] * (max(xs) + 1)
-    for difference in (*reversed(differences), int.from_bytes(secret, "big")):
-        values = list(accumulate(values[:-1], initial=difference))
+    draws = struct.iter_unpack(f"{_WIDE_BYTES}s", random(_WIDE_BYTES * (threshold - 1)))
+    differences = [int.from_bytes(secret, "big"), *(int.from_bytes(wide, "big") % PRIME for (wide,) in draws)]
+    last = max(xs)
+    lane_bytes = -(-(PRIME.bit_length() + last) // 8)  # a step at most doubles a difference
+    lane, lowest = 8 * lane_bytes, (1 << 8 * lane_bytes) - 1
+    lanes = int.from_bytes(b"".join(each.to_bytes(lane_bytes, "little") for each in differences), "little")
+    values = []
+    for x in range(last + 1):
+        if last - x < threshold and x % 8 == 0:  # drop differences of an order that no point left can reach
+            lanes &= (1 << lane * (last + 1 - x)) - 1
+        values.append(lanes & lowest)
+        lanes += lanes >> lane
     return [(values[x] % PRIME).to_bytes(SHARE_BYTES, "big") for x in xs]
 
 

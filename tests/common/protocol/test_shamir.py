@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -45,6 +46,22 @@ def test_the_modulus_is_prime_and_holds_every_secret():
         power = pow(base, even, shamir.PRIME)
         squares = [pow(power, 2**k, shamir.PRIME) for k in range(twos)]
         assert power == 1 or shamir.PRIME - 1 in squares
+
+
+DRAWS = st.integers(0, 2**512 - 1) | st.sampled_from([shamir.PRIME - 1, 2**512 - 1])
+
+
+@given(SECRETS | st.just(b"\xff" * 32), st.data())
+def test_shares_are_the_values_of_newtons_form_by_the_definition(secret, data):
+    """Whatever is drawn, the largest coefficients at the last points included."""
+    xs = data.draw(st.just(range(1, 256)) | st.lists(st.integers(1, 255), min_size=1, max_size=20, unique=True))
+    threshold = data.draw(st.integers(1, len(xs)))
+    few = data.draw(st.lists(DRAWS, min_size=1, max_size=5))
+    drawn = [few[k % len(few)] for k in range(threshold - 1)]
+    shares = shamir.split(secret, threshold, xs, lambda size: b"".join(a.to_bytes(64, "big") for a in drawn))
+    newton = [int.from_bytes(secret, "big"), *drawn]
+    values = [sum(a * math.comb(x, k) for k, a in enumerate(newton)) % shamir.PRIME for x in xs]
+    assert shares == [value.to_bytes(33, "big") for value in values]
 
 
 @given(sharings(), st.randoms(use_true_random=False))
