@@ -36,7 +36,7 @@ from foedus_common.randomness import RandomBytes
 
 MIN_FIELD_BITS, MAX_FIELD_BITS = 8, 32
 MIN_SCALE, MAX_SCALE = 1e-100, 1e100
-_BLOCK = 64 * 1024
+_BLOCK = 128 * 1024
 _ZEROS = memoryview(bytes(4 * _BLOCK))
 
 Integers = npt.NDArray[np.int64]
@@ -97,11 +97,13 @@ class FieldLayout:
 
     def encode(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Words:
         """float vector (d,) -> words (words,): `pack(quantise(vector))`, block by block."""
-        words, key = self._with_header(), random(32)
+        words: Words = np.empty(self.words, dtype=np.uint64)
+        key = random(32)
 
         def fill(first: int, last: int) -> None:
             """The fields of these words, plane by plane: no other part writes there."""
-            scratch = _Scratch()
+            words[first:last] = self._offsets
+            scratch = _Scratch(min(last - first, _BLOCK))
             for plane in range(self._fields_per_word):
                 field = plane * self.words - 1
                 for part, steps in self._rounded(vector, key, max(field + first, 0), field + last, scratch):
@@ -109,7 +111,7 @@ class FieldLayout:
 
         self._require_shape(vector)
         in_parts(self.words, fill)
-        return words
+        return self._completed(words)
 
     def quantise(self, vector: npt.NDArray[np.floating], random: RandomBytes) -> Integers:
         """float (d,) -> int64 (d,) in -R..R: multiples of each segment's step, rounded up with probability = fraction.
@@ -121,7 +123,7 @@ class FieldLayout:
         """
         self._require_shape(vector)
         integers = np.empty(self.dimension, dtype=np.int64)
-        for part, steps in self._rounded(vector, random(32), 0, self.dimension, _Scratch()):
+        for part, steps in self._rounded(vector, random(32), 0, self.dimension, _Scratch(min(self.dimension, _BLOCK))):
             integers[part] = steps
         return integers
 
@@ -145,19 +147,14 @@ class FieldLayout:
         self._require_shape(integers)
         if integers.min() < -self.half_range or integers.max() > self.half_range:
             raise LocalError(f"an integer leaves the range of +-{self.half_range} steps that a field holds")
-        words = self._with_header()
+        words: Words = np.full(self.words, self._offsets, dtype=np.uint64)
         for part, _ in self._blocks(0, self.dimension):
-            self._place(words, part, integers[part])
-        return words
+            self._place(words, part, integers[part].copy())
+        return self._completed(words)
 
     def _require_shape(self, vector: npt.NDArray[Any]) -> None:
         if vector.shape != (self.dimension,):
             raise LocalError(f"the layout has {self.dimension} coordinates and the vector has shape {vector.shape}")
-
-    def _with_header(self) -> Words:
-        words: Words = np.zeros(self.words, dtype=np.uint64)
-        words[0] = 1
-        return words
 
     def _rounded(
         self, vector: npt.NDArray[np.floating], key: bytes, start: int, stop: int, scratch: _Scratch
@@ -165,8 +162,7 @@ class FieldLayout:
         """Blocks of coordinates start..stop as integers, in a buffer that the next block overwrites."""
         coins = Cipher(AES256(key), CTR((start // 4).to_bytes(16, "big"))).encryptor()
         coins.update(bytes(4 * (start % 4)))  # a block of AES has four coins
-        keystream, scaled, steps = scratch.keystream, scratch.scaled, scratch.steps
-        coin = np.frombuffer(keystream, dtype="<u4")
+        keystream, coin, steps = scratch.keystream, scratch.coin, scratch.steps
         for part, scale in self._blocks(start, stop):
             values = vector[part]
             count = len(values)
@@ -175,8 +171,7 @@ class FieldLayout:
                     f"coordinates {part.start}..{part.stop - 1} leave their range of +-{scale:g}; "
                     "the plan's scales are too small for this update"
                 )
-            np.multiply(values, self._factor(scale), out=scaled[:count], dtype=np.float64)
-            np.copyto(steps[:count], scaled[:count], casting="unsafe")
+            np.multiply(values, self._factor(scale), out=steps[:count], dtype=np.float64, casting="unsafe")  # truncates
             coins.update_into(_ZEROS[: 4 * count], keystream)
             steps[:count] += coin[:count]
             steps[:count] >>= 32
@@ -188,11 +183,23 @@ class FieldLayout:
         return factor if factor * scale <= limit else math.nextafter(factor, 0.0)
 
     def _place(self, words: Words, part: slice, integers: Integers) -> None:
-        """Put the fields of coordinates `part`, which are zero so far, into their planes."""
-        fields = (integers + self.half_range).view(np.uint64)
+        """Add coordinates `part` to their fields, in which they are zero so far. Overwrites the integers."""
+        fields = integers.view(np.uint64)  # modulo 2^64 a negative number is taken from R
         for plane, into, taken in self._planes(part):
             fields[taken] <<= np.uint64(plane * self.bits)
-            words[into] |= fields[taken]
+            words[into] += fields[taken]
+
+    @property
+    def _offsets(self) -> int:
+        """A word whose every field holds R: of such words coordinates can be added that are negative."""
+        return sum(self.half_range << (plane * self.bits) for plane in range(self._fields_per_word))
+
+    def _completed(self, words: Words) -> Words:
+        """With 1 in the header and nothing in the padding, where R is."""
+        words[0] -= np.uint64(self.half_range - 1)
+        for plane, padding, _ in self._planes(self._padding):
+            words[padding] -= np.uint64(self.half_range << (plane * self.bits))
+        return words
 
     # --- A sum of words to numbers ---
 
@@ -219,7 +226,7 @@ class FieldLayout:
         if words.shape != (self.words,):
             raise LocalError(f"the layout has {self.words} words and the sum has shape {words.shape}")
         header = int(words[0]) & (2**self.bits - 1)
-        padding = self._pick(words, slice(self.dimension, self.words * self._fields_per_word - 1))
+        padding = self._pick(words, self._padding)
         used = self._fields_per_word * self.bits
         if header != survivors or padding.any() or (used < 64 and int(words.max()) >> used):
             raise RemoteError(Reason.BAD_SUM, f"the opened sum does not count {survivors} sites")
@@ -243,6 +250,11 @@ class FieldLayout:
 
     # --- Where things lie ---
 
+    @property
+    def _padding(self) -> slice:
+        """The fields after the last coordinate, as if they were coordinates too."""
+        return slice(self.dimension, self.words * self._fields_per_word - 1)
+
     def _planes(self, part: slice) -> Iterator[tuple[int, slice, slice]]:
         """For coordinates `part`: plane, which words of it, which of the part's coordinates, run by run."""
         field, taken, count = 1 + part.start, 0, part.stop - part.start
@@ -264,7 +276,7 @@ class FieldLayout:
 class _Scratch:
     """Room for a block, used again for every block of one thread."""
 
-    def __init__(self) -> None:
-        self.keystream = bytearray(4 * _BLOCK)
-        self.scaled = np.empty(_BLOCK, dtype=np.float64)
-        self.steps = np.empty(_BLOCK, dtype=np.int64)
+    def __init__(self, coordinates: int) -> None:
+        self.keystream = bytearray(4 * coordinates)
+        self.coin = np.frombuffer(self.keystream, dtype="<u4")
+        self.steps = np.empty(coordinates, dtype=np.int64)
