@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,11 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 # For torch, here and in child processes: on models this small, threads wait for one another longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Our programs sync what they write, and that no test can see: files are in memory, where there is room.
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 # Examples are the same in every run, and how long one takes on a busy machine says nothing.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -91,8 +91,7 @@ class Federation:
 
 @pytest.fixture(scope="module")
 def federation() -> Iterator[Federation]:
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         federation = Federation(Path(folder))
         yield federation
         federation.close()

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,15 @@ from foedus_server.release.export import Facts, export
 from foedus_server.store import Evaluation, Model, Run, Store
 
 PREPARE_SECONDS = 600
+
+Prepare = Callable[[Path, Path, Path], Mapping[str, Any]]
+"""prepare(model folder, plan file, folder to write into): see `foedus_server.prepare.prepare`."""
+
+
+def prepare_in_child(model: Path, plan: Path, out: Path) -> dict[str, Any]:
+    """In a process of its own, so that this one need not load torch. Raises LocalError."""
+    told: dict[str, Any] = json.loads(run_child("foedus_server.prepare", [str(model), str(plan), str(out)]))
+    return told
 
 
 @dataclass(frozen=True)
@@ -70,12 +79,14 @@ class RoundScore:
 class Operator:
     """The operator's actions on one home."""
 
-    def __init__(self, home: Home, clock: Clock, random: RandomBytes) -> None:
+    def __init__(self, home: Home, clock: Clock, random: RandomBytes, make_adapter: Prepare = prepare_in_child) -> None:
+        """make_adapter: how a plan's adapter is made from the model."""
         self.home = home
         self.store: Store = home.store(clock)
         self.objects = ObjectStore(home.objects)
         self._clock = clock
         self._random = random
+        self._make_adapter = make_adapter
 
     # --- Models ---
 
@@ -102,8 +113,10 @@ class Operator:
         Raises LocalError with the first thing that cannot be.
         """
         plan = read_plan(path)
-        made = self._prepare_in_child(self._model_folder(plan), path)
-        spec, first_adapter = parse_spec(made["spec"]), made["first_adapter"]
+        with tempfile.TemporaryDirectory(dir=self.home.path, prefix=".prepare-") as folder:
+            made = self._make_adapter(self._model_folder(plan), path, Path(folder))
+            spec = parse_spec((Path(folder) / "spec.json").read_bytes())
+            first_adapter = (Path(folder) / "first_adapter.safetensors").read_bytes()
         sizes = [spec.size(phase.train) for phase in plan.phase]
         agreed = AgreedPlan(
             run_id=int.from_bytes(self._random(8), "big") >> 1 or 1,
@@ -115,15 +128,6 @@ class Operator:
         )
         load_adapter(first_adapter, spec)
         return Prepared(agreed, spec, first_adapter)
-
-    def _prepare_in_child(self, model: Path, plan: Path) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(dir=self.home.path, prefix=".prepare-") as folder:
-            printed = run_child("foedus_server.prepare", [str(model), str(plan), folder])
-            return {
-                **json.loads(printed),
-                "spec": (Path(folder) / "spec.json").read_bytes(),
-                "first_adapter": (Path(folder) / "first_adapter.safetensors").read_bytes(),
-            }
 
     def submit(self, path: Path) -> Run:
         """Checks the plan, signs it and puts it before the sites as soon as the coordinator is up.

@@ -1,7 +1,8 @@
 """A whole federation in one process: real enrolment, real policies and ledgers, real rounds, no network.
 
 The coordinator and each site get a home in a temporary folder, exactly as the programs make them. Only the link is
-replaced (`grids`), randomness is seeded, policy approves by itself, and all sites share one loaded model.
+replaced (`grids`), randomness is seeded, policy approves by itself, and this one process does what elsewhere children
+with torch do; all sites share one loaded model.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from foedus_server.audit import notary
 from foedus_server.commands import Operator
 from foedus_server.config import Patience
 from foedus_server.members.registry import Registry
+from foedus_server.prepare import prepare
 from foedus_server.runs import Coordinator
 from foedus_server.store import Attempt
 from foedus_simulations.corpora import Row, write_csv
@@ -115,7 +117,7 @@ class _Federation:
         settings = config.Settings("Simulation")
         random = seeded(seed, "coordinator")
         home = config.init(folder / "coordinator", settings, root_public_key=None, random=random, clock=self._clock)
-        self._operator = Operator(home, self._clock, random)
+        self._operator = Operator(home, self._clock, random, prepare)
         self._registry = Registry(home, self._operator.store, self._clock, random)
         self._root_key = home.root_key()
         self._members = {name: self._join(name) for name in names}

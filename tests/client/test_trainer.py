@@ -69,7 +69,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 @pytest.fixture(scope="module")
 def trainer(site: Site) -> Iterator[TrainerProcess]:
-    """One real child for all tests that leave it alive."""
+    """One real child for all tests; whoever finds it dead is given another."""
     process = TrainerProcess(site.settings(), site.agreed)
     yield process
     process.stop()
@@ -144,16 +144,10 @@ def test_an_adapter_that_is_something_else_is_refused_under_its_right_hash(
     assert trainer.train(site.adapter, site.sha256, schedule(site.agreed.plan)[0]).size
 
 
-def test_a_killed_trainer_is_an_error_and_the_next_call_starts_another(site: Site) -> None:
-    trainer, plan = TrainerProcess(site.settings(), site.agreed), schedule(site.agreed.plan)[0]
-    with pytest.raises(LocalError, match=r"killed, most likely because memory ran out"):
-        trainer.train(site.adapter, site.sha256, plan, lambda *_: trainer._child.kill())
-    assert trainer.train(site.adapter, site.sha256, plan).size
+def test_a_child_whose_parent_is_gone_ends(trainer: TrainerProcess) -> None:
+    trainer.open()
     trainer._child.stdin.close()  # all that a child sees of its parent's death
     assert trainer._child.wait(timeout=60) == 0
-    trainer.stop()
-    with pytest.raises(LocalError, match="was stopped"):
-        trainer.train(site.adapter, site.sha256, plan)
 
 
 def test_model_rows_and_features_are_made_once_for_a_whole_run(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,28 +205,26 @@ def test_too_little_memory_is_a_sentence_and_not_a_failure_that_nobody_understan
 
 def test_what_changed_since_it_was_agreed_is_refused(site: Site, tmp_path: Path) -> None:
     other = Site(tmp_path)
-    settings, plan = other.settings(), schedule(other.agreed.plan)[0]
+    settings = dataclasses.replace(other.settings(), device="cpu")
     other.dataset.write_text("note,chapter\neye,Eye\n")
-    trainer = TrainerProcess(settings, other.agreed)
+    trainer = Trainer(settings, other.agreed, SimpleNamespace())
     with pytest.raises(LocalError, match=r"rows\.csv has changed since it was added"):
-        trainer.train(other.adapter, other.sha256, plan)
-    trainer.stop()
+        trainer.train(other.adapter, other.sha256, 0)
     (other.model / "vocab.txt").write_text("other\n")
     with pytest.raises(LocalError, match="but the plan asks for"):
-        TrainerProcess(settings, other.agreed).open()
+        Trainer(settings, other.agreed, SimpleNamespace())
 
 
 def test_a_device_that_is_not_there_is_found_before_the_data_is_opened(site: Site) -> None:
     settings = dataclasses.replace(site.settings(), device="cuda:7", dataset="/nowhere/rows.csv")
-    trainer = TrainerProcess(settings, site.agreed)
-    for _ in range(2):  # a new child each time, which says the same
-        with pytest.raises(LocalError, match="cuda:7"):
-            trainer.open()
+    with pytest.raises(LocalError, match="cuda:7"):
+        TrainerProcess(settings, site.agreed).open()
 
 
 # False children
 
 
+PROGRESS = b'{"say": "progress", "what": "steps", "done": 1, "total": 9, "bytes": 0}\n'
 OPEN = r"""out.write(b'{"say": "open", "bytes": 0}\n'); out.flush(); """
 
 
@@ -285,9 +277,31 @@ def test_a_child_that_ends_is_named_by_its_status(site: Site, monkeypatch: pytes
         TrainerProcess(site.settings(), site.agreed).train(site.adapter, site.sha256, schedule(site.agreed.plan)[0])
 
 
+def test_a_child_that_cannot_open_says_why_and_is_followed_by_another(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = b'{"say": "error", "sentence": "No.", "bytes": 0}\n'
+    started = false_child(monkeypatch, f"inp.readline(); out.write({said!r}); out.flush()")
+    trainer = TrainerProcess(site.settings(), site.agreed)
+    for _ in range(2):
+        with pytest.raises(LocalError, match=r"^No\.$"):
+            trainer.open()
+    assert [child.poll() is None for child in started] == [False, False]
+
+
+def test_a_killed_child_is_an_error_and_the_next_call_starts_another(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = false_child(monkeypatch, f"{OPEN}out.write({PROGRESS!r}); out.flush(); inp.read()")
+    trainer, plan = TrainerProcess(site.settings(), site.agreed), schedule(site.agreed.plan)[0]
+    for number in range(2):
+        with pytest.raises(LocalError, match=r"killed, most likely because memory ran out"):
+            trainer.train(site.adapter, site.sha256, plan, lambda *_: started[-1].kill())
+        assert len(started) == number + 1
+
+
 def test_stop_ends_a_training_under_way(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = b'{"say": "progress", "what": "steps", "done": 1, "total": 9, "bytes": 0}\n'
-    started = false_child(monkeypatch, f"{OPEN}out.write({progress!r}); out.flush(); inp.read()")
+    started = false_child(monkeypatch, f"{OPEN}out.write({PROGRESS!r}); out.flush(); inp.read()")
     trainer, under_way = TrainerProcess(site.settings(), site.agreed), threading.Event()
     stopper = threading.Thread(target=lambda: (under_way.wait(), trainer.stop()))
     stopper.start()
@@ -295,6 +309,9 @@ def test_stop_ends_a_training_under_way(site: Site, monkeypatch: pytest.MonkeyPa
         trainer.train(site.adapter, site.sha256, schedule(site.agreed.plan)[0], lambda *_: under_way.set())
     stopper.join()
     assert started[0].poll() == -9
+    with pytest.raises(LocalError, match="was stopped"):
+        trainer.open()
+    assert len(started) == 1
 
 
 def test_messages_survive_the_pipe() -> None:

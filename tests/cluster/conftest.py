@@ -27,15 +27,14 @@ MakeCluster = Callable[..., Cluster]
 
 @pytest.fixture(scope="module")
 def make_cluster() -> Iterator[MakeCluster]:
-    """In memory where there is a file system in memory; whatever was started is stopped in the end."""
-    memory = Path("/dev/shm")
+    """Whatever was started is stopped in the end."""
     made: list[Cluster] = []
 
     def make(policies: Mapping[str, SitePolicy], **options: Any) -> Cluster:
         made.append(Cluster.make(Path(folder) / str(len(made)), policies, **options))
         return made[-1]
 
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         yield make
         for cluster in made:
             cluster.stop()

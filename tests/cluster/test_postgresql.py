@@ -28,8 +28,7 @@ def server() -> Iterator[postgresql.Server]:
 
 @pytest.fixture
 def three(server: postgresql.Server) -> Iterator[Cluster]:
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         policy = SitePolicy(require_approval=False, max_epsilon_per_day=40.0, max_epsilon_lifetime=40.0)
         cluster = Cluster.make(Path(folder), dict.fromkeys(NAMES, policy), server.database())
         yield cluster

@@ -104,8 +104,7 @@ class Federation:
 
 @pytest.fixture(scope="module")
 def finished() -> Iterator[Federation]:
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         gates = {TRACED: f"1:invite:{folder}/gate-1", THIRD: f"2:invite:{folder}/gate-2"}
         sites = {name: site_of(folder, name, gates.get(name, "")) for name in SITES}

@@ -3,8 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -16,7 +14,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from foedus_common.adapters import load_adapter, parse_spec
 from foedus_common.canonical import enc, sha256_hex
 from foedus_common.model_folder import manifest_sha256
-from foedus_server.prepare import FIRST_ADAPTER_FILE, SPEC_FILE, main, orthonormal_rows
+from foedus_server.commands import prepare_in_child
+from foedus_server.prepare import FIRST_ADAPTER_FILE, SPEC_FILE, main, orthonormal_rows, prepare
 from tiny_model import HIDDEN, tiny_plan, write_tiny_model
 
 PLAN = """
@@ -128,17 +127,20 @@ def test_a_plan_that_does_not_fit_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_none_is_said_by_the_process_itself(model: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_none_is_said_in_one_sentence(model: Path, tmp_path: Path, capsys: Any) -> None:
     plan = write_plan(model)
     (model / "config.json").unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "foedus_server.prepare", str(model), str(plan), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{model} is not a model folder: it has no config.json.\n"
+    assert main([str(model), str(plan), str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"{model} is not a model folder: it has no config.json.\n")
+
+
+def test_a_process_of_its_own_makes_the_same(model: Path, tmp_path: Path) -> None:
+    """And that it says what cannot be is in test_bad_input.py."""
+    plan, here, there = write_plan(model), tmp_path / "here", tmp_path / "there"
+    assert prepare_in_child(model, plan, there) == prepare(model, plan, here)
+    for name in (SPEC_FILE, FIRST_ADAPTER_FILE):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
 
 
 def test_wrong_arguments_are_told_the_usage(capsys: Any) -> None:

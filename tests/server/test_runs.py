@@ -204,15 +204,13 @@ Make = Callable[..., Consortium]
 
 @pytest.fixture
 def consortium() -> Iterator[Make]:
-    """In memory where there is a file system in memory: these tests are not about the disk, and sync it a lot."""
-    memory = Path("/dev/shm")
     made: list[Consortium] = []
 
     def make(names: Sequence[str] = NAMES, **policy: Any) -> Consortium:
         made.append(Consortium(Path(folder), names, **policy))
         return made[-1]
 
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         yield make
         for each in made:
             each.operator.close()

@@ -21,8 +21,6 @@ from foedus_common.protocol.masks import Words
 from foedus_common.ranges import site_grid
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_common.terms import field_layout
-from foedus_server.commands import Operator
-from foedus_server.prepare import FIRST_ADAPTER_FILE, SPEC_FILE, prepare
 from foedus_server.rounds import Committed
 from foedus_server.runs import _Conductor
 from foedus_simulations.corpora import Row
@@ -62,18 +60,6 @@ class Study:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return Study(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(autouse=True)
-def _prepared_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """torch is in this process anyway: no child process to prepare a plan."""
-
-    def in_process(self: Operator, model: Path, plan: Path) -> dict[str, Any]:
-        made = prepare(model, plan, tmp_path)
-        files = {"spec": tmp_path / SPEC_FILE, "first_adapter": tmp_path / FIRST_ADAPTER_FILE}
-        return {**made, **{name: path.read_bytes() for name, path in files.items()}}
-
-    monkeypatch.setattr(Operator, "_prepare_in_child", in_process)
 
 
 def adapters(outcome: Outcome) -> list[dict[str, bytes]]:
