@@ -24,6 +24,7 @@ from foedus_common.model_folder import manifest_sha256, verify
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import AgreedPlan, RunPlan, read_plan, schedule
 from foedus_common.privacy.accounting import View, calibrate, epsilons, event_of_phase
+from foedus_common.privacy.statement import about_epsilons
 from foedus_common.randomness import RandomBytes
 from foedus_common.terms import field_layout
 from foedus_server.config import Home
@@ -219,6 +220,7 @@ def describe(agreed: AgreedPlan) -> dict[str, Any]:
         "privacy_unit": plan.privacy.unit,
         "epsilon_local": spent and spent.local,
         "epsilon_central": spent and spent.central,
+        "about_epsilons": about_epsilons(agreed),
         "delta": plan.privacy.delta,
         "rounds": plan.rounds,
         "phases": phases,

@@ -20,6 +20,7 @@ from foedus_common.errors import LocalError
 from foedus_common.model_folder import verify
 from foedus_common.plan import RunPlan, read_plan
 from foedus_common.privacy.accounting import epsilons
+from foedus_common.privacy.statement import about_epsilons
 from foedus_common.terminal import console, errors, print_json, print_line
 from foedus_server.commands import describe
 from foedus_simulations import figures, reports
@@ -226,6 +227,7 @@ def played(study: Study, plan_file: Path, model: Path) -> reports.Report:
         compared=COMPARED if study.wanted else "",
         notes=tuple(filter(None, [figures.retries(plan, attempts)])),
         unit=plan.privacy.unit,
+        about_epsilons=about_epsilons(agreed),
     )
 
 

@@ -229,6 +229,8 @@ def as_report(
     plan = read_plan(folder / "plan.toml")
     shown, attempts = finished.shown["plan"], finished.shown["attempts"]
     accuracies = [score["accuracy"] for score in finished.scores]
+    played = figures.rounds(plan, shown["phases"], attempts, accuracies)
+    central = figures.epsilon_central(shown, played, attempts)
     return reports.Report(
         kind="demonstration",
         title=playing.title,
@@ -238,8 +240,8 @@ def as_report(
         noun=playing.noun,
         rows_held_out=len(corpus.held_out),
         commonest=figures.share_of_commonest([row.label for row in corpus.held_out]),
-        sites=tuple(as_site(plan.privacy.on, name, rows, finished, compared) for name in playing.sites),
-        rounds=figures.rounds(plan, shown["phases"], attempts, accuracies),
+        sites=tuple(as_site(central, name, rows, finished, compared) for name in playing.sites),
+        rounds=played,
         epsilon_budget=plan.privacy.epsilon,
         delta=plan.privacy.delta,
         seconds_total=watch.total,
@@ -251,18 +253,20 @@ def as_report(
         examples=tuple(Example(**example) for example in finished.scores[-1]["examples"]),
         adapter=from_here(folder / "adapter"),
         notes=tuple(filter(None, notes(playing, figures.retries(plan, attempts)))),
+        about_epsilons=shown["about_epsilons"],
     )
 
 
 def as_site(
-    private: bool, name: str, rows: Mapping[str, Sequence[Row]], finished: Finished, compared: Compared
+    central: float | None, name: str, rows: Mapping[str, Sequence[Row]], finished: Finished, compared: Compared
 ) -> reports.Site:
+    """central: epsilon_central of the run, at every site; None without privacy."""
     ledger = finished.ledgers[name]
     return reports.Site(
         name=name,
         rows=len(rows[name]),
-        epsilon=ledger["spent"] if private else None,
-        epsilon_central=ledger["spent"] if private else None,  # the record is the unit: no smaller one is claimed
+        epsilon=None if central is None else ledger["spent"],
+        epsilon_central=central,
         releases_without_privacy=ledger["releases_without_privacy"],
         accuracy_alone=compared.alone[name],
     )

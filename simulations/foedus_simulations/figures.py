@@ -65,6 +65,13 @@ def _epsilon_by_round(plan: RunPlan, phases: Sequence[Mapping[str, Any]], view: 
         yield epsilon([repeated(GaussianSteps(**each["release"][view]), count) for each, count in of_phases], delta)
 
 
+def epsilon_central(shown: Mapping[str, Any], played: Sequence[Round], attempts: Attempts) -> float | None:
+    """Spent over the run at any one site: what its rounds cost; if attempts failed, all that `shown`, the plan in
+    numbers, lets the run release."""
+    failed = any(attempt["state"] == "aborted" for attempt in attempts)
+    return shown["epsilon_central"] if failed else played[-1].epsilon_central
+
+
 def retries(plan: RunPlan, attempts: Attempts) -> str:
     """A sentence on the retries that the plan set aside, and on those that were needed; "" if there is none to say."""
     aborted = sum(attempt["state"] == "aborted" for attempt in attempts)

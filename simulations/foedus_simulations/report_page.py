@@ -114,10 +114,11 @@ def _key_figures(report: Report) -> Iterator[tuple[str, str, str]]:
     if report.delta is None:
         yield "ε none", "no differential privacy", "warning"
     else:
-        most = max(site.epsilon or 0.0 for site in report.sites)
-        central = max(site.epsilon_central or 0.0 for site in report.sites)
+        local = ("local", max(site.epsilon or 0.0 for site in report.sites))
+        central = ("central", max(site.epsilon_central or 0.0 for site in report.sites))
+        (view, most), (other, also) = (central, local) if report.bound_by_central else (local, central)
         budget = f"budget {report.epsilon_budget:g}, δ {tiny(report.delta)}"
-        yield f"ε {central:.2f}", f"central, per {report.unit}, at most; {most:.2f} local; {budget}", ""
+        yield f"ε {most:.2f}", f"{view}, per {report.unit}, at most; {also:.2f} {other}; {budget}", ""
     yield duration(report.seconds_total), f"in all, {len(report.rounds)} rounds", ""
 
 
@@ -191,20 +192,23 @@ def _privacy(report: Report) -> str:
             f"each {escape(report.noun.one)}'s own policy let it. Each ledger holds {released} releases without "
             "privacy. Only the secure sums stood between an update and the coordinator.</p>"
         )
+    local = Series("local", [played.epsilon or 0.0 for played in report.rounds], "plain")
+    central = Series("central", [played.epsilon_central or 0.0 for played in report.rounds], "central")
+    drawn = [central] if report.bound_by_central else [local, central] if report.central_is_smaller else [local]
     svg = charts.lines(
-        f"Epsilon spent by round, ending at {spent(report.rounds[-1].epsilon_central)} of {report.epsilon_budget:g}",
-        [Series("central", [played.epsilon_central or 0.0 for played in report.rounds], "plain")],
+        f"Epsilon spent by round, ending at {drawn[0].values[-1]:.2f} of {report.epsilon_budget:g}",
+        drawn,
         [Level("budget", report.epsilon_budget, "budget")],
         report.phases,
         width=HALF,
         height=270,
         room=54,
-        unit=f"central ε per {report.unit}, at any one {report.noun.one}",
+        unit=f"ε per {report.unit}, at any one {report.noun.one}",
         form="{:g}".format,
     )
     caption = (
         f"Central, while secure sums hold: {report.spent_centrally}. Local, by each {report.noun.one}'s own noise, "
-        f"even if everybody else colludes: {report.spent_locally}."
+        f"even if everybody else colludes: {report.spent_locally}. {report.about_epsilons}"
     )
     return _section(heading, svg, caption)
 
@@ -264,8 +268,10 @@ def _reading(report: Report) -> str:
     if report.private:
         sentences.append(
             f"ε {report.epsilon_budget:g} bounds how much more likely any outcome can become because one "
-            f"{report.unit} took part; smaller is safer. The local figure counts only a {report.noun.one}'s own noise, "
-            "the central one also that of others in the secure sum, where that can be claimed."
+            f"{report.unit} took part; smaller is safer. It is the "
+            f"{'central' if report.bound_by_central else 'local'} one. The local figure counts only a "
+            f"{report.noun.one}'s own noise, the central one also that of others in the secure sum, where that can be "
+            "claimed."
         )
     items = "".join(f"<li>{escape(words)}</li>" for words in (*sentences, *report.notes))
     return f"<h2>How to read this</h2>\n<ul>{items}</ul>"

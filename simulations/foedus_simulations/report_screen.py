@@ -117,7 +117,8 @@ def _facts(report: Report) -> Table:
         facts["adapter"] = str(report.adapter)
     table = _table()
     for name, words in facts.items():
-        table.add_row(Text(name, style="dim"), Text(words))
+        if words:
+            table.add_row(Text(name, style="dim"), Text(words))
     return table
 
 
@@ -125,9 +126,12 @@ def _privacy(report: Report) -> dict[str, str]:
     if report.delta is None:
         released = max(site.releases_without_privacy for site in report.sites)
         return {"epsilon": f"none: each {report.noun.one}'s ledger counts {released} releases without privacy"}
+    budget = f"; budget {report.epsilon_budget:g}"
+    of_local, of_central = ("", budget) if report.bound_by_central else (budget, "")
     return {
-        "epsilon_local": f"{report.spent_locally}  (own noise only: even if everybody else colludes)",
-        "epsilon_central": f"{report.spent_centrally}  (while secure sums hold; budget {report.epsilon_budget:g})",
+        "epsilon_local": f"{report.spent_locally}  (own noise only: even if everybody else colludes{of_local})",
+        "epsilon_central": f"{report.spent_centrally}  (while secure sums hold{of_central})",
+        "": report.about_epsilons,
         "delta": f"{tiny(report.delta)}  (per {report.unit})",
     }
 

@@ -67,7 +67,7 @@ class Report:
     commonest: float  # what always saying the held-out rows' commonest label would reach
     sites: tuple[Site, ...]
     rounds: tuple[Round, ...]
-    epsilon_budget: float | None  # of the central one; None without differential privacy
+    epsilon_budget: float | None  # None without differential privacy
     delta: float | None
     seconds_total: float
     seconds_by_stage: Mapping[str, float]
@@ -79,10 +79,20 @@ class Report:
     adapter: Path | None = None
     notes: tuple[str, ...] = ()  # sentences that a reader must know before believing the figures
     unit: str = "record"  # whose privacy the epsilons bound: "record" or "site"
+    about_epsilons: str = ""  # why the two of them differ, or do not
 
     @property
     def private(self) -> bool:
         return self.epsilon_budget is not None
+
+    @property
+    def bound_by_central(self) -> bool:
+        """Whether the budget is that of epsilon_central: a record's does not rest on secure sums, a site's has to."""
+        return self.unit == "site"
+
+    @property
+    def central_is_smaller(self) -> bool:
+        return any((site.epsilon_central or 0.0) < (site.epsilon or 0.0) for site in self.sites)
 
     @property
     def accuracy_together(self) -> float:
@@ -159,6 +169,7 @@ def figures(report: Report) -> dict[str, Any]:
         "epsilon_local": [site.epsilon for site in report.sites],
         "epsilon_central": [site.epsilon_central for site in report.sites],
         "epsilon_budget": report.epsilon_budget,
+        "about_epsilons": report.about_epsilons,
         "delta": report.delta,
         "releases_without_privacy": [site.releases_without_privacy for site in report.sites],
         "rounds": len(report.rounds),

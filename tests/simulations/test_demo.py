@@ -100,7 +100,7 @@ def test_the_report_says_what_the_programs_said(name: str, tmp_path: Path) -> No
     playing = EDITIONS[name]
     plan = filled_in(playing, tmp_path)
     step = {"noise_multiplier": 2.8, "sampling_rate": 1.0, "steps": 1}
-    release = {"local": step, "central": step} if plan.privacy.on else None
+    release = {"local": step, "central": step | {"noise_multiplier": 4.0}} if plan.privacy.on else None
     seconds = {"training": 1.0, "keys": 0.1}
     cohort = list(playing.sites)
     attempts = [
@@ -109,7 +109,7 @@ def test_the_report_says_what_the_programs_said(name: str, tmp_path: Path) -> No
     phases = [{"release": release, "parameters": 7_700 + 1_000 * number} for number in range(len(plan.phase))]
     example = {"text": "snoring", "label": "good", "predicted": "bad", "probability": 0.6}
     finished = demo.Finished(
-        shown={"plan": {"phases": phases}, "attempts": attempts},
+        shown={"plan": {"phases": phases, "about_epsilons": "Why."}, "attempts": attempts},
         scores=[{"accuracy": n / plan.rounds, "examples": [example]} for n in range(plan.rounds)],
         ledgers={site: {"spent": 7.3, "releases_without_privacy": plan.rounds} for site in playing.sites},
     )
@@ -134,6 +134,9 @@ def test_the_report_says_what_the_programs_said(name: str, tmp_path: Path) -> No
     assert [site.rows for site in report.sites] == [5, 5, 5]
     assert report.private is playing.private
     assert {site.epsilon for site in report.sites} == ({7.3} if playing.private else {None})
+    assert {site.epsilon_central for site in report.sites} == {report.rounds[-1].epsilon_central}
+    assert not playing.private or 0 < (report.sites[0].epsilon_central or 0) < 7.3
+    assert report.about_epsilons == "Why."
     assert any("allow_without_privacy" in note for note in report.notes) is not playing.private
     assert any("root key" in note for note in report.notes)
 

@@ -93,10 +93,19 @@ BY_SITE = dataclasses.replace(
     unit="site",
 )
 
+NOISES_ADD_UP = dataclasses.replace(
+    REPORT,
+    sites=tuple(dataclasses.replace(site, epsilon_central=5.3) for site in REPORT.sites),
+    rounds=tuple(
+        dataclasses.replace(played, epsilon_central=0.7 * (played.epsilon or 0.0)) for played in REPORT.rounds
+    ),
+    about_epsilons="epsilon_central is smaller because there is more noise.",
+)
+
 ALL = pytest.mark.parametrize(
     "report",
-    [REPORT, WITHOUT_PRIVACY, ONLY_TOGETHER, MANY, BY_SITE],
-    ids=["usual", "without privacy", "only together", "many", "by site"],
+    [REPORT, WITHOUT_PRIVACY, ONLY_TOGETHER, MANY, BY_SITE, NOISES_ADD_UP],
+    ids=["usual", "without privacy", "only together", "many", "by site", "noises add up"],
 )
 
 
@@ -117,6 +126,7 @@ def test_report_json_has_the_agreed_keys_and_no_other(tmp_path: Path) -> None:
         "epsilon_local": [7.9, 7.8],
         "epsilon_central": [7.9, 7.8],
         "epsilon_budget": 8.0,
+        "about_epsilons": "",
         "delta": 1e-5,
         "releases_without_privacy": [0, 0],
         "rounds": 3,
@@ -168,6 +178,28 @@ def test_where_the_site_is_the_unit_both_figures_say_so(tmp_path: Path) -> None:
     assert "north 7.90" in screen
     assert "per site" in screen
     assert "per site" in page(BY_SITE)
+
+
+def test_a_smaller_epsilon_is_shown_with_its_reason_and_without_the_budget() -> None:
+    """The budget of a record is local; that of a site cannot be."""
+    screen, html = _words(_screen(NOISES_ADD_UP)), page(NOISES_ADD_UP)
+    assert "even if everybody else colludes; budget 8)" in screen
+    assert "north 5.30, south 5.30 (while secure sums hold)" in screen
+    assert "epsilon_central is smaller because there is more noise." in screen
+    assert "epsilon_central is smaller because there is more noise." in html
+    assert "<dd>ε 7.90</dd>" in html
+    assert "local, per record, at most; 5.30 central; budget 8" in html
+    assert curves(NOISES_ADD_UP) == ["budget", "central", "local"]
+    assert curves(REPORT) == ["budget", "local"]
+    assert curves(BY_SITE) == ["budget", "central"]
+    assert "while secure sums hold; budget 8)" in _words(_screen(BY_SITE))
+
+
+def curves(report: Report) -> list[str]:
+    """What is drawn of epsilon."""
+    drawn = re.search(r"<svg[^>]*Epsilon spent.*?</svg>", page(report), re.DOTALL)
+    assert drawn
+    return sorted(re.findall(r'class="name [a-z]+"[^>]*>([^<]+)<', drawn[0]))
 
 
 # --- The screen ---

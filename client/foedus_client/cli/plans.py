@@ -23,6 +23,7 @@ from foedus_common.clock import iso
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
 from foedus_common.privacy import accounting
+from foedus_common.privacy.statement import about_epsilons
 from foedus_common.terminal import Json, console, print_facts, print_json, print_table
 
 app = typer.Typer()
@@ -51,6 +52,8 @@ def plans(context: typer.Context, as_json: Json = False) -> None:
         "No plan has arrived yet.",
     )
     for row in rows:
+        if row["state"] == "pending" and row["about_epsilons"]:
+            console.print(f"{row['name']}: {row['about_epsilons']}", markup=False)
         for reason in row["reasons"]:
             console.print(f"{row['name']}: {reason}", style="yellow", markup=False)
         if (said := row["approval"]) and said["expires_at"]:
@@ -72,6 +75,7 @@ def _plan_row(acting: Administrator, stored: StoredPlan) -> dict[str, Any]:
         "dataset": agreed.plan.data.name,
         "epsilon": "none: no privacy" if epsilon is None else round(epsilon, 4),
         "central": _central(agreed, acting.home.settings.policy.delta),
+        "about_epsilons": about_epsilons(agreed),
         "rounds": agreed.plan.rounds,
         "digest": stored.digest.hex(),
         "reasons": acting.approval().reasons(agreed) if stored.state == "pending" else (),
@@ -209,6 +213,8 @@ def ledger(
         ],
         "No dataset has an account yet; `foedus-site data add` opens one.",
     )
+    if lines:
+        console.print("Counted is one row, by this site's own noise alone (epsilon_local), in every run.")
     for account, points in kept.history(budget).items():
         if len(points) > 1:
             console.print(f"\n{account}: epsilon spent, of {budget.epsilon:g}", markup=False)

@@ -76,7 +76,7 @@ def plan_check(context: typer.Context, plan: PlanFile, as_json: Json = False) ->
     if as_json:
         return print_json(facts)
     facts |= {name: _short(facts[name]) for name in ("epsilon_local", "epsilon_central")}
-    print_facts({key: value for key, value in facts.items() if key not in ("phases", "digest")})
+    print_facts({key: value for key, value in facts.items() if value != "" and key not in ("phases", "digest")})
     print_table(
         ["phase", "rounds", "numbers trained", "noise multiplier", "bytes up a round"],
         [

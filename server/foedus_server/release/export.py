@@ -20,6 +20,7 @@ from foedus_common.adapters import AdapterSpec, Tensors
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, Task
 from foedus_common.privacy.accounting import Epsilons
+from foedus_common.privacy.statement import about_epsilons
 from foedus_common.tasks.head import head_as_linear
 
 _FACTOR = ".lora_A.weight"
@@ -191,6 +192,7 @@ def _meaning(agreed: AgreedPlan) -> str:
             "itself may reveal rows that it was trained on."
         )
     return (
+        f"{about_epsilons(agreed)}\n\n"
         "The epsilons are upper bounds over all releases of this run, failed attempts included, and cover the training "
         "rows of each site. They do not cover what else was computed from the same rows in other runs; each site's own "
         "ledger adds those up."

@@ -6,6 +6,7 @@ privacy than the plan gave. How good the predictions are is no matter here: the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -167,6 +168,16 @@ def test_the_card_states_the_privacy_of_the_run(model: Path) -> None:
         agreed.digest().hex(),
     ):
         assert words in text, words
+
+
+def test_the_card_says_why_an_epsilon_is_smaller(model: Path) -> None:
+    plain = card(_agreed(model), encoder_spec(model, _agreed(model).plan), FACTS)
+    assert "Both epsilons are the same" in plain
+    one_step = tiny_agreed(model, phase__0__steps=1, phase__1__steps=1)
+    facts = dataclasses.replace(FACTS, epsilons=Epsilons(7.91, 5.29))
+    text = card(one_step, encoder_spec(model, one_step.plan), facts)
+    assert "| epsilon_central | 5.290 " in text
+    assert "epsilon_central is smaller because the coordinator sees only totals" in text
 
 
 def test_a_run_without_privacy_is_labelled_so(model: Path) -> None:

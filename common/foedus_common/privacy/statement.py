@@ -1,0 +1,42 @@
+"""Why a plan's two epsilons differ, or do not: what is said to whoever judges them, the same wherever both stand.
+
+Knows plans and `ranges`; the figures themselves are `accounting`'s. Source: docs/privacy.md, "Two epsilons".
+"""
+
+from __future__ import annotations
+
+from foedus_common.plan import AgreedPlan
+from foedus_common.protocol.thresholds import thresholds
+from foedus_common.ranges import honest_sites
+
+
+def about_epsilons(agreed: AgreedPlan) -> str:
+    """What epsilon_central counts beyond epsilon_local, and what has to hold for it; "" for a plan without privacy."""
+    plan = agreed.plan
+    if not plan.privacy.on:
+        return ""
+    linear = [number for number in range(len(plan.phase)) if plan.linear(number)]
+    if plan.privacy.unit == "record" and not linear:
+        return (
+            "Both epsilons are the same: no phase has one step a round, so that what a site sends is not a single "
+            "noised sum, and only its own noise may be counted."
+        )
+    secure = plan.secure_aggregation
+    least = thresholds(secure.min_sites, secure.colluding).quorum
+    whose = "of each round" if plan.privacy.unit == "site" or len(linear) == len(plan.phase) else f"of {_named(linear)}"
+    helpers = f"at most {secure.colluding} of the sites help it" if secure.colluding else "no site helps it"
+    counted = "ledgers count" if plan.privacy.unit == "site" else "the plan's epsilon and all ledgers count"
+    reason = (
+        f"epsilon_central is smaller because the coordinator sees only totals {whose}, over at least {least} sites: "
+        f"each {plan.privacy.unit} is hidden by the noise of {honest_sites(agreed)} honest sites or more. That holds "
+        f"while secure aggregation does and {helpers}; {counted} a site's own noise alone."
+    )
+    if whose == "of each round":
+        return reason
+    return f"{reason} The other phases have several steps a round; in both epsilons they count so."
+
+
+def _named(phases: list[int]) -> str:
+    """phase 1; phases 1 and 3."""
+    numbers = [str(phase + 1) for phase in phases]
+    return f"phase {numbers[0]}" if len(numbers) == 1 else f"phases {', '.join(numbers[:-1])} and {numbers[-1]}"
