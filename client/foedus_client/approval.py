@@ -79,6 +79,13 @@ class Approval:
             self.store.decide_plan(digest, "approved", by)
         return agreed
 
+    def needs_person(self, agreed: AgreedPlan) -> bool:
+        """Whether only a person may say yes: policy asks for one, or one has spoken before. The coordinator can have a
+        run decided anew, by stopping it, and must not get rid of a person's cap or date that way."""
+        runs = (account.runs.get(agreed.run_id) for account in self.ledger.accounts().values())
+        consents = [run.consent for run in runs if run and run.consent]
+        return self.policy.require_approval or any(consent.by != POLICY for consent in consents)
+
     def epsilon(self, agreed: AgreedPlan) -> float | None:
         """Of all that the run may release, at the policy's delta; None without privacy."""
         commitment = Commitment.of(agreed)

@@ -27,7 +27,9 @@ from foedus_common.identity import Roster, public_bytes
 from foedus_common.journal import BrokenChain, Checkpoint, Entry
 from foedus_common.journal import verify as verify_chain
 from foedus_common.protocol.wire import COORDINATOR
+from foedus_common.randomness import RandomBytes
 
+BLIND_BYTES = 32
 _LEDGER = "ledger."
 
 
@@ -73,6 +75,18 @@ def _note(store: SiteStore, event: str, **details: Any) -> None:
 def notary(store: SiteStore, member: Signer) -> Notary:
     """The site's side of the exchange of heads."""
     return Notary(member.name, public_bytes(member.key), member.key.sign, store)
+
+
+def sign_end(store: SiteStore, member: Signer, random: RandomBytes) -> Head:
+    """The journal's newest head, signed, to be shown to others.
+
+    An entry of random bits comes before it, where anything was entered since the last: a head covers what its entries
+    say, and who knows the head before could try out what the one entry in between said, such as why it was declined.
+    """
+    ours = notary(store, member)
+    if [head.number for head in store.newest_heads(member.name, 1)] != [store.journal_end().number]:
+        store.log("heads.shown", blind=random(BLIND_BYTES).hex())
+    return ours.sign_end()
 
 
 # --- Verifying ---

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from foedus_client.approval import POLICY, Approval
-from foedus_client.audit import notary, note_roster
+from foedus_client.audit import notary, note_roster, sign_end
 from foedus_client.ledger.accounts import Commitment
 from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
@@ -159,12 +159,12 @@ class SiteRounds:
             if reasons := approval.lasting_reasons(agreed):
                 approval.decline(digest, by=POLICY)
                 raise PolicyRefusal(reasons)
-            if not site.policy.require_approval:
+            if approval.needs_person(agreed):
+                logger.info("run %s waits for approval: `foedus-site plans`", agreed.plan.run.name)
+            else:
                 approval.approve(digest, by=POLICY)
                 if rows := approval.left_out(agreed):
                     logger.warning("run %s: %d rows have labels that are not the plan's", agreed.plan.run.name, rows)
-            else:
-                logger.info("run %s waits for approval: `foedus-site plans`", agreed.plan.run.name)
         while (stored := site.store.plan(digest)) and stored.state == "pending":
             if site.stopping.wait(LOOK_SECONDS):
                 raise LocalError("the site's daemon is stopping; the coordinator will ask again.")
@@ -274,14 +274,17 @@ class SiteRounds:
 
     def _session(self, attempt: m.AttemptId) -> tuple[SiteSession, SiteState]:
         """The attempt's session: the one under way, a new one, or what a restart left of it."""
+        site = self._site
+        plan = site.store.plan_of_run(attempt.run_id)
+        if plan is None or plan.state != "approved":  # looked up at every step: who withdraws sends nothing more
+            self._sessions.pop(attempt.run_id, None)
+            raise RemoteError(Reason.WRONG_STAGE, "the run's plan is not approved here")
         known = self._sessions.get(attempt.run_id)
         if known and known[0] == attempt:
             return known[1:]
-        site = self._site
-        plan = site.store.plan_of_run(attempt.run_id)
         outbox = site.store.outbox(attempt.run_id, attempt.round)
-        if plan is None or plan.state != "approved" or outbox is None:
-            raise RemoteError(Reason.WRONG_STAGE, "no vector of this round is in the outbox of an approved plan")
+        if outbox is None:
+            raise RemoteError(Reason.WRONG_STAGE, "no vector of this round is in the outbox")
         session = SiteSession(
             site=site.member.name,
             sign=site.member.key.sign,
@@ -314,7 +317,8 @@ class SiteRounds:
             ours = notary(site.store, site.member)
             with site.store.transaction("heads of journals"):
                 amiss = ours.take(wire.COORDINATOR, coordinator_key, envelope.message)
-                answer = ours.show(wire.COORDINATOR, ours.sign_end(), envelope.message.own)
+                own = sign_end(site.store, site.member, site.random)
+                answer = ours.show(wire.COORDINATOR, own, envelope.message.own)
         except FoedusError as error:
             self._refuse("heads.refused", "no head of the journal is shown", header, error)
             return self._answer(header, m.Declined())

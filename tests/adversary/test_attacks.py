@@ -71,6 +71,21 @@ def test_a_plan_for_a_task_that_is_unknown_here_is_declined_in_a_sentence(cheat:
     )
 
 
+def test_a_site_that_withdraws_sends_nothing_more(cheat: Cheat) -> None:
+    """Also in an attempt that is under way, whatever the coordinator asks for."""
+    cheat.begin()
+    attempt = cheat.attempt()
+    attempt.reach(2)
+    store = cheat.federation.sites[VICTIM]._store
+    store.decide_plan(cheat.agreed.digest(), "withdrawn", by="ada")
+    survivors = attempt.reach(3)
+    assert VICTIM not in survivors
+    assert cheat.stage(VICTIM) is None
+    vector = store.outbox(cheat.run_id, 0)
+    assert vector is not None
+    assert vector.masked_in is None
+
+
 # --- Honest rounds open their sum and nothing else ---
 
 

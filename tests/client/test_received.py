@@ -25,8 +25,11 @@ from foedus_client.round import Site, SiteRounds
 from foedus_client.store import SiteStore
 from foedus_common.adapters import save_adapter
 from foedus_common.canonical import digest, labelled, sha256_hex
+from foedus_common.checkpoints import statement
 from foedus_common.clock import ManualClock
+from foedus_common.errors import Reason
 from foedus_common.identity import MAX_ROSTER_BYTES, SignedRoster, generate_key
+from foedus_common.journal import Checkpoint, next_entry
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import MAX_PLAN_BYTES, AgreedPlan, RoundPlan
 from foedus_common.protocol import messages as m
@@ -133,6 +136,17 @@ class World:
         }
         fields.setdefault("adapter", self.coordinator.offer(save_adapter(FIRST, SPEC)))
         return self._ask(self.rounds.invite, self.agreed.digest(), m.Invite(**fields), round_index)
+
+    def shown_head(self) -> m.JournalHead:
+        """The head of its journal that the site shows."""
+        at = Checkpoint(1, bytes(32))
+        own = m.JournalHead(at.number, at.head, self.operator.home.plan_key().sign(statement(wire.COORDINATOR, at)))
+        answer = self._ask(self.rounds.journal, self.agreed.digest(), m.JournalHeads(own, ()))
+        assert isinstance(answer, m.JournalHeads)
+        return answer.own
+
+    def end(self, how: m.End) -> None:
+        assert self._ask(self.rounds.end, self.agreed.digest(), m.RunEnded(how)) == m.Ready()
 
     def _ask(
         self, stage: Callable[[bytes], bytes], binding: bytes, message: m.ToSite, round_index: int = 0
@@ -263,6 +277,38 @@ def test_an_approval_that_ended_declines_the_round_and_says_so_here_only(
         assert world.invite() == m.Declined()
     assert "The approval of run 7 by ada ended on" in caplog.text
     assert world.store.ledger_end() == before
+
+
+def test_a_run_that_is_stopped_and_proposed_again_does_not_get_rid_of_what_a_person_said(world: World) -> None:
+    """Policy would approve it without end or cap; a person has set both, so a person is asked."""
+    agreed, roster = world.approve(), world.site.member.roster(world.clock.now())
+    approval = Approval("north", roster, world.policy, world.store, world.ledger)
+    approval.approve(agreed.digest(), by="ada", expires_at=world.clock.now() + 60, epsilon_cap=0.5)
+    world.end(m.End.STOPPED)
+    world.site.stopping.set()  # or the answer would wait for the person
+    assert world.propose() == m.Declined()
+    (plan,) = world.store.plans()
+    assert plan.state == "pending"
+    consent = world.ledger.run(RUN).consent
+    assert consent is not None
+    assert (consent.by, consent.epsilon_cap) == ("ada", 0.5)
+
+
+def test_no_head_of_the_journal_confirms_a_guess_of_why_a_plan_was_declined(world: World) -> None:
+    """The coordinator sees a head, has one plan declined, sees the next head, and tries out every reason and moment."""
+    world.approve()
+    before = world.shown_head()
+    assert world.invite(5) == m.Declined()
+    after, now = world.shown_head(), world.clock.now()
+    said = {"run": str(RUN), "round": 5, "attempt": 0, "count": 1}
+    kinds = [*(reason.value for reason in Reason), "LocalError", "PolicyRefusal"]
+    guesses = {
+        next_entry(Checkpoint(before.number, before.head), now, "round.refused", said | {"reason": kind}).head
+        for kind in kinds
+    }
+    assert world.store.journal_head(before.number + 1) in guesses  # it is as easy as that
+    assert after.head not in guesses
+    assert world.shown_head() == after  # nothing new, no entry: asking does not make the journal grow
 
 
 def test_adapters_that_cannot_be_trained_from_do_not_fill_the_disk(world: World) -> None:

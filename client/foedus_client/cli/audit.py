@@ -8,7 +8,7 @@ import json
 import typer
 
 from foedus_client import config
-from foedus_client.audit import notary, verify
+from foedus_client.audit import sign_end, verify
 from foedus_client.cli.administrator import CLOCK, Administrator
 from foedus_client.ledger.ledger import KEY as LEDGER_KEY
 from foedus_client.ledger.ledger import Ledger
@@ -16,6 +16,7 @@ from foedus_client.store import SiteStore
 from foedus_common import audit_page
 from foedus_common.checkpoints import MAX_SHEET_BYTES, accept_losses, heads_in
 from foedus_common.private_files import read_limited
+from foedus_common.randomness import system_random
 from foedus_common.terminal import Json
 
 audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened here.")
@@ -45,7 +46,7 @@ def audit_show(context: typer.Context, last: audit_page.Last = 20, as_json: Json
 def audit_export(context: typer.Context, file: audit_page.Sheet, as_json: Json = False) -> None:
     """Write down the signed heads that this site holds of its own journal and of the coordinator's."""
     acting = Administrator(context.obj)
-    notary(acting.store, acting.membership).sign_end()
+    sign_end(acting.store, acting.membership, system_random)
     audit_page.write_sheet(file, acting.membership.name, acting.store.heads(), "foedus", as_json)
 
 
