@@ -17,6 +17,7 @@ from foedus_client.link.state import LinkState
 from foedus_common.clock import Clock, iso
 
 FILE = "condition.json"
+MAX_BYTES = 1 << 16
 _SPEAKERS = ("foedus_client.round", "foedus_client.link.site_link")
 """Loggers whose warnings say that a run suffers here."""
 
@@ -62,7 +63,8 @@ class Condition(logging.Handler):
 def read_condition(home: Path) -> dict[str, str]:
     """ "link" and "trouble", each only where there is something to say."""
     try:
-        facts = json.loads((home / FILE).read_bytes())
+        with (home / FILE).open("rb") as file:
+            facts = json.loads(file.read(MAX_BYTES))
         return {str(name): str(fact) for name, fact in facts.items()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
@@ -38,7 +38,10 @@ CLOCK_SKEW = 3_600
 """Certificates begin an hour early, for machines whose clocks run behind."""
 
 MAX_CERTIFICATE_BYTES = 4_096
-_MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
+_MALFORMED = (
+    *(ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.UnsupportedGeneralNameType),
+    InternalError,  # for a key of another kind than it says
+)
 SITE_URI = "foedus://site/"
 """What a site's URI begins with; its name follows."""
 _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
@@ -60,7 +63,7 @@ def read_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Raises LocalError when the file is missing, can be read by others, or holds no P-256 private key."""
     try:
         key = load_pem_private_key(read_private(path, MAX_CERTIFICATE_BYTES), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except _MALFORMED:
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise LocalError(f"{path} holds no P-256 private key in PEM.")
@@ -133,7 +136,7 @@ def read_authorities(path: Path) -> bytes:
         constraints = [each.extensions.get_extension_for_class(x509.BasicConstraints).value for each in found]
     except OSError as error:
         raise LocalError(f"{path} cannot be read: {error.strerror}.") from None
-    except (*_MALFORMED, x509.ExtensionNotFound):
+    except (*_MALFORMED, x509.ExtensionNotFound, x509.DuplicateExtension):
         constraints = []
     if not constraints or not all(each.ca for each in constraints):
         raise LocalError(f"{path} holds something else than certificates of authorities in PEM.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -64,7 +64,7 @@ def read_key(path: Path) -> Ed25519PrivateKey:
     """Raises LocalError when the file is missing, can be read by others, or holds no Ed25519 private key."""
     try:
         key = load_pem_private_key(read_private(path, _KEY_FILE_BYTES), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError):  # the last for a key of another kind
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise LocalError(f"{path} holds no Ed25519 private key in PEM.")
@@ -83,7 +83,7 @@ def read_public_key(path: Path) -> bytes:
             key = load_pem_public_key(file.read(_KEY_FILE_BYTES))
     except OSError as error:
         raise LocalError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, UnsupportedAlgorithm, InternalError):
         key = None
     if not isinstance(key, Ed25519PublicKey):
         raise LocalError(f"{path} holds no Ed25519 public key in PEM.")

@@ -1,6 +1,6 @@
 """`make fuzz`: gives every parser many mutated inputs; prints target, inputs, rate, slowest, growth and outcome.
 
-    python tests/fuzz/fuzz.py [--inputs 1000000] [--only NAME]
+    python tests/fuzz/fuzz.py [--inputs 1000000] [--only NAME] [--cores 1]
 
 A target fails on an exception that it may not raise, on an input that takes more than a second of CPU, when its process
 dies, and when the process grows by more than 200 MB. Inputs come in blocks of 1000, each from a seed of its own: the
@@ -27,7 +27,8 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from targets import Target, Workshop, by_name
+from targets import by_name
+from workshop import Target, Workshop
 
 BLOCK = 1000
 TICK = 0.02
@@ -128,17 +129,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=1_000_000, help="mutated inputs for each target")
     parser.add_argument("--only", help="the target of this name alone")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
     arguments = parser.parse_args()
 
     workshop = Workshop()
     names = [name for name in by_name(workshop) if arguments.only in (None, name)]
     workshop.close()
-    cores = len(os.sched_getaffinity(0))
-    each = -(-arguments.inputs // (cores * BLOCK)) * BLOCK
+    each = -(-arguments.inputs // (arguments.cores * BLOCK)) * BLOCK
     print(_line("target", "inputs", "accepted", "a second", "slowest", "growth"), " outcome", flush=True)
     began, failed = time.perf_counter(), 0
     for name in names:
-        outcome = _all_cores(name, cores, each, arguments.inputs)
+        outcome = _all_cores(name, arguments.cores, each, arguments.inputs)
         failed += bool(outcome.failure)
         figures = (
             f"{outcome.inputs:,}",

@@ -1,4 +1,4 @@
-"""Mutated inputs from good ones, seeded: raw bytes, our length-prefixed lists, JSON trees, lines of text, tar entries.
+"""Mutated inputs from good ones, seeded: raw bytes, length-prefixed lists, frames, JSON trees, lines of text, archives.
 
 A mutator takes a `Random`, one good input and the other good inputs, and gives bytes. What it knows of a format it uses
 to get past the first check: lengths are put right again, JSON stays JSON. Each is followed by raw damage now and then.
@@ -17,7 +17,10 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from foedus_common.canonical import unenc
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as Frame
+
+from foedus_common.canonical import enc, unenc
 
 Mutator = Callable[[Random, bytes, Sequence[bytes]], bytes]
 
@@ -108,6 +111,63 @@ def _framed(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
         case _:
             parts[at] = _framed(random, parts[at], others) if parts[at] else random.randbytes(4)
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def in_parts(mutate: Mutator) -> Mutator:
+    """Changes one part of an `enc(...)`, however deep it lies, by the mutator given."""
+
+    def mutated(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+        try:
+            parts = list(unenc(data))
+        except ValueError:
+            parts = []
+        if not parts:
+            return mutate(random, data, [data])
+        at = random.randrange(len(parts))
+        parts[at] = mutated(random, parts[at], others)
+        return enc(*parts)
+
+    return mutated
+
+
+# --- Protocol Buffers ---
+
+
+def frames(*kinds: type[Frame]) -> Mutator:
+    """Changes a field of a message of one of these kinds, wherever it is; other values of it are of the same type."""
+
+    def mutate(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+        frame = random.choice(kinds)()
+        try:
+            frame.ParseFromString(data)
+        except DecodeError:
+            return raw(random, data, others)
+        _change_field(random, frame)
+        return _then_damage(random, frame.SerializeToString(), others)
+
+    return mutate
+
+
+def _change_field(random: Random, frame: Frame) -> None:
+    field = random.choice(frame.DESCRIPTOR.fields)
+    if field.message_type is not None:
+        child = getattr(frame, field.name)
+        child.SetInParent()
+        if child.DESCRIPTOR.fields:
+            _change_field(random, child)
+        return
+    value = getattr(frame, field.name)
+    if isinstance(value, bool):
+        value = not value
+    elif isinstance(value, int):  # 32 bits or 64
+        value = random.choice((*INTERESTING, value + 1)) % (1 << 32 if field.type == field.TYPE_UINT32 else 1 << 64)
+    elif isinstance(value, float):
+        value = random.choice((0.0, -1.0, 1e308, math.inf, math.nan))
+    elif isinstance(value, bytes):
+        value = raw(random, value, [value])
+    else:
+        value = raw(random, value.encode(), [b"a"]).decode("utf-8", "ignore")
+    setattr(frame, field.name, value)
 
 
 # --- JSON ---

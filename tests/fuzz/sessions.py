@@ -172,7 +172,9 @@ def _changed(random: Random, value: Any) -> Any:
         if len({type(item) for item in value}) > 1:  # a pair
             return changed
         shorter, longer = value[:at] + value[at + 1 :], (*value[:at], value[at], *value[at:])
-        return random.choice((shorter, longer, value[::-1], value * 50, changed, changed, changed))
+        return random.choice(
+            (shorter, longer, value[::-1], value * (50 if len(value) < 200 else 1), changed, changed, changed)
+        )
     if isinstance(value, int):
         return random.choice((*INTERESTING, value + 1, value ^ 1 << random.randrange(63)))
     if isinstance(value, float):

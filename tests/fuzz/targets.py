@@ -1,7 +1,7 @@
 """Every parser that faces the network or a file: its good inputs, how to mutate them, and what it may raise.
 
-A target's `run` parses one input and uses the result as the program does next. Whatever it is given, it returns or
-raises one of `allowed`; anything else is a bug of ours. Files are written where memory is.
+Which parsers there are is read off the code: whatever calls json.loads, tomllib, csv, safetensors, x509, protobuf or
+our own formats on bytes that came from elsewhere.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from google.protobuf.message import DecodeError
 
+from calls import NOW, of_the_link
+from foedus_client.condition import FILE as CONDITION
+from foedus_client.condition import read_condition
 from foedus_client.config import SiteSettings
 from foedus_client.data import read_rows
 from foedus_client.ledger.high_water import HighWater
@@ -30,15 +30,15 @@ from foedus_client.training.process import read_message
 from foedus_common import certificates, checkpoints, enrolment, identity, journal, model_folder
 from foedus_common.adapters import AdapterSpec, TensorSpec, load_adapter, parse_spec, save_adapter
 from foedus_common.backup import restore_backup, write_backup
-from foedus_common.canonical import canonical_json
-from foedus_common.errors import FoedusError
-from foedus_common.link import foedus_pb2 as pb
+from foedus_common.canonical import canonical_json, labelled
 from foedus_common.objects import ObjectRef
 from foedus_common.plan import parse_agreed_plan, read_plan, schedule
 from foedus_common.protocol import wire
 from foedus_common.tables import parse, read_toml
 from foedus_common.terms import round_terms
 from foedus_server.config import Settings
+from foedus_server.release.evaluation import Example, OfClass, Score, parse_score
+from foedus_server.store import parse_url
 from mutations import (
     PEM_WORDS,
     ROW_WORDS,
@@ -53,52 +53,18 @@ from mutations import (
 from plans import agreed_plan, plan_toml
 from seeded import seeded
 from sessions import Attempt
+from workshop import Target, Workshop
 
-NOW = 1_800_000_000.0
 RANDOM = seeded("fuzz")
 PYARROW = importlib.util.find_spec("pyarrow") is not None
 """Parquet is read where this package is; it is no dependency."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """good: inputs that are accepted. mutate: one is chosen for each input."""
-
-    name: str
-    good: Sequence[bytes]
-    mutate: Sequence[Mutator]
-    run: Callable[[bytes], object]
-    allowed: tuple[type[Exception], ...] = (FoedusError,)
-
-
-class Workshop:
-    """A folder for one process's files, removed at the end."""
-
-    def __init__(self) -> None:
-        memory = Path("/dev/shm")
-        self.folder = Path(tempfile.mkdtemp(prefix="foedus-fuzz-", dir=memory if memory.is_dir() else None))
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def file(self, name: str, data: bytes) -> Path:
-        """Mode 0600."""
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-        os.write(descriptor, data)
-        os.close(descriptor)
-        return path
-
-    def given(self, name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
-        """Writes the input to a file of this name and reads it."""
-        return lambda data: read(self.file(name, data))
-
-
 def targets(workshop: Workshop) -> list[Target]:
+    attempt = Attempt()
     return [
-        *_of_the_protocol(),
-        *_of_the_link(Attempt()),
+        *_of_the_protocol(attempt),
+        *of_the_link(workshop.folder / "link", attempt),
         *_of_enrolment(workshop),
         *_of_plans(workshop),
         *_of_models_and_data(workshop),
@@ -109,8 +75,7 @@ def targets(workshop: Workshop) -> list[Target]:
 # --- Messages of a round, and the sessions that take them ---
 
 
-def _of_the_protocol() -> list[Target]:
-    attempt = Attempt()
+def _of_the_protocol(attempt: Attempt) -> list[Target]:
     terms = wire.terms_bytes(attempt.config.terms)
     changed, damaged = attempt.changed, attempt.damaged
     return [
@@ -121,52 +86,6 @@ def _of_the_protocol() -> list[Target]:
             "a coordinator's session", attempt.answers, [changed, changed, damaged, raw], attempt.coordinator_takes, ()
         ),
     ]
-
-
-# --- Frames of the link ---
-
-
-def _of_the_link(attempt: Attempt) -> list[Target]:
-    asked, said = attempt.requests[2], attempt.answers[2]
-    reference = pb.Object(run_id=7, sha256="a" * 64, size=80)
-    request = pb.Request(id="1", run_id=7, message_type="query.keys", group_id="", created_at=NOW, ttl=9.0, body=asked)
-    to_site = [pb.FromCoordinator(request=request), pb.FromCoordinator(hello=pb.Hello(protocol_version=1))]
-    to_coordinator = [
-        pb.FromSite(reply=pb.Reply(id="1", body=said)),
-        pb.FromSite(heartbeat=pb.Heartbeat()),
-    ]
-    objects = [
-        pb.PushPart(header=pb.PushHeader(object=reference, offset=3)),
-        pb.PushPart(header=pb.PushHeader(object=reference)),
-    ]
-    errors = (FoedusError, DecodeError)
-    return [
-        Target("frames to a site", _serialised(to_site), [raw], _site_reads, errors),
-        Target("frames to the coordinator", _serialised(to_coordinator), [raw], _coordinator_reads, errors),
-        Target("frames of an upload", _serialised(objects), [raw], _upload_reads, errors),
-    ]
-
-
-def _serialised(frames: Sequence[object]) -> list[bytes]:
-    return [frame.SerializeToString() for frame in frames]  # type: ignore[attr-defined]
-
-
-def _site_reads(data: bytes) -> None:
-    frame = pb.FromCoordinator.FromString(data)
-    if frame.WhichOneof("part") == "request":
-        wire.parse_envelope(frame.request.body)
-
-
-def _coordinator_reads(data: bytes) -> None:
-    frame = pb.FromSite.FromString(data)
-    if frame.WhichOneof("part") == "reply":
-        wire.parse_envelope(frame.reply.body)
-
-
-def _upload_reads(data: bytes) -> None:
-    named = pb.PushPart.FromString(data).header.object
-    ref = ObjectRef(named.sha256, named.size)
-    assert "/" not in ref.sha256
 
 
 # --- Joining ---
@@ -212,6 +131,9 @@ def _of_enrolment(workshop: Workshop) -> list[Target]:
     def take_certificate(data: bytes) -> None:
         certificates.check_site_certificate(data, (authority.der,), "north", tls_key.public_key(), NOW)
 
+    def take_signed_roster(data: bytes) -> None:
+        identity.SignedRoster.from_bytes(data).verify(identity.public_bytes(root), now=NOW, highest_epoch=0)
+
     def take_roster(data: bytes) -> None:
         """As if the root had signed anything."""
         assert identity.parse_roster(data).canonical() == data
@@ -223,6 +145,7 @@ def _of_enrolment(workshop: Workshop) -> list[Target]:
         Target("certificates", [own], [raw], take_certificate),
         Target("certificate requests", [csr], [raw], partial(certificates.check_request, name="north")),
         Target("rosters", [roster.canonical()], [json_tree, raw], take_roster),
+        Target("signed rosters", [signed.to_bytes()], [_signed_anew("roster", root), raw], take_signed_roster),
         Target(
             "certificate files",
             [certificates.pem(own)],
@@ -237,7 +160,23 @@ def _of_enrolment(workshop: Workshop) -> list[Target]:
         ),
         Target("key files", [key_pem], [lines(*PEM_WORDS)], workshop.given("a.key", certificates.read_tls_key)),
         Target("identity files", [identity_pem], [lines(*PEM_WORDS)], workshop.given("b.key", identity.read_key)),
+        Target(
+            "public key files",
+            [identity.public_pem(identity.public_bytes(root))],
+            [lines(*PEM_WORDS), raw],
+            workshop.given("root.pem", identity.read_public_key),
+        ),
     ]
+
+
+def _signed_anew(kind: str, key: Ed25519PrivateKey) -> Mutator:
+    """Changes what is signed, and signs it again as its owner could."""
+
+    def mutate(random: Random, data: bytes, others: Sequence[bytes]) -> bytes:
+        changed = json_tree(random, data[identity.SIGNATURE_BYTES :], others)
+        return key.sign(labelled(f"signed-{kind}", changed)) + changed
+
+    return mutate
 
 
 def _text(data: bytes) -> str:
@@ -270,12 +209,20 @@ def _of_plans(workshop: Workshop) -> list[Target]:
         first = schedule(agreed.plan)[0]
         wire.terms_bytes(round_terms(agreed, first, ObjectRef(agreed.first_adapter_sha256, 1)))
 
-    toml = [lines(*TOML_WORDS)]
+    toml, signer = [lines(*TOML_WORDS)], Ed25519PrivateKey.from_private_bytes(RANDOM(32))
+    urls = [b"sqlite:////var/lib/foedus/foedus.db", b"postgresql://db.example:5432/foedus?sslmode=require&passfile=/p"]
     return [
         Target("agreed plans", agreed, [json_tree, json_tree, raw], take_agreed),
+        Target(
+            "signed plans",
+            [identity.SignedPlan.sign(agreed_plan(), signer).to_bytes()],
+            [_signed_anew("plan", signer), raw],
+            lambda data: identity.SignedPlan.from_bytes(data).verify(identity.public_bytes(signer)),
+        ),
         Target("plans", plans, toml, workshop.given("plan.toml", read_plan)),
         Target("a site's settings", [site], toml, workshop.given("site.toml", partial(settings, SiteSettings))),
         Target("a coordinator's settings", [coordinator], toml, workshop.given("f.toml", partial(settings, Settings))),
+        Target("databases' URLs", urls, [raw], lambda data: parse_url(_text(data))),
     ]
 
 
@@ -301,6 +248,9 @@ def _of_models_and_data(workshop: Workshop) -> list[Target]:
         workshop.file("model/config.json", data)
         model_folder.manifest_sha256(workshop.folder / "model")
 
+    example, of_class = Example("one", "a", "a", 0.75), OfClass(4, 3)
+    score = Score("round-1.safetensors", 4, 3, {"a": of_class}, (example,)).to_json().encode()
+
     def rows(path: Path) -> object:
         return read_rows(path, "text", "label")
 
@@ -308,6 +258,7 @@ def _of_models_and_data(workshop: Workshop) -> list[Target]:
         Target("adapters", [adapter], [raw], lambda data: load_adapter(data, spec)),
         Target("adapter specifications", [spec.canonical()], [json_tree, raw], take_spec),
         Target("a model's config.json", [config], [json_tree], model),
+        Target("scores", [score], [json_tree, raw], lambda data: parse_score(_text(data))),
         Target("rows in CSV", [csv], [lines(*ROW_WORDS)], workshop.given("rows.csv", rows)),
         Target("rows in JSONL", [jsonl], [lines(*ROW_WORDS), json_tree], workshop.given("rows.jsonl", rows)),
         *([Target("rows in Parquet", _parquet(), [raw], workshop.given("rows.parquet", rows))] if PYARROW else []),
@@ -352,6 +303,7 @@ def _of_homes(workshop: Workshop) -> list[Target]:
         for at in mark_of
     ]
     sheet = checkpoints.sheet("coordinator", heads)
+    facts = json.dumps({"link": "connected: since noon", "trouble": "2026-11-22 none"}).encode()
     pipe = b'{"say": "progress", "what": "training", "done": 1, "total": 2, "bytes": 4}\nabcd'
 
     def restore(path: Path) -> None:
@@ -360,7 +312,7 @@ def _of_homes(workshop: Workshop) -> list[Target]:
         finally:
             shutil.rmtree(workshop.folder / "restored", ignore_errors=True)
         left = {each.name for each in workshop.folder.iterdir()}
-        assert left <= {"home", "archive", "archive.tar", "model", "tls.crt"} | {n for n in left if "." in n}
+        assert left <= {"home", "archive", "archive.tar", "model", "link"} | {n for n in left if "." in n}
 
     def read_mark(path: Path) -> object:
         return HighWater(path.parent, path.stem).read()
@@ -368,6 +320,13 @@ def _of_homes(workshop: Workshop) -> list[Target]:
     return [
         Target("backups", [archive.read_bytes()], [tar_entries], workshop.given("archive.tar", restore)),
         Target("high-water marks", [mark], [json_tree, raw], workshop.given("mark.json", read_mark)),
+        Target(
+            "conditions of a site",
+            [facts],
+            [json_tree, raw],
+            workshop.given(CONDITION, lambda path: read_condition(path.parent)),
+            (),
+        ),
         Target("journals", [chain], [_chain], _verify_chain),
         Target(
             "lists of signed heads",

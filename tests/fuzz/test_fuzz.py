@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import io
 import json
 import math
 import tarfile
+from pathlib import Path
 
 import pytest
 
+from calls import DOWNLOAD, reference
+from foedus_client.condition import read_condition
+from foedus_client.link.state import coordinators_clock
+from foedus_common.canonical import enc
+from foedus_common.link import foedus_pb2 as pb
+from foedus_common.link.transport import CLOCK_KEY
 from fuzz import fuzz
-from targets import Target, Workshop, by_name
+from targets import by_name
+from workshop import Target, Workshop
 
 INPUTS = 200
 
@@ -56,6 +65,14 @@ def archive_with_list(data: bytes) -> bytes:
     return target.getvalue()
 
 
+def pem_with(target: str, old: bytes, new: bytes) -> bytes:
+    """The target's first good input, PEM, with other bytes in what it encodes."""
+    begin, coded = TARGETS[target].good[0].split(b"-----END")[0].split(b"-----\n")
+    kind, der = begin.removeprefix(b"-----BEGIN "), base64.b64decode(coded)
+    assert old in der
+    return b"-----BEGIN %b-----\n%b-----END %b-----\n" % (kind, base64.encodebytes(der.replace(old, new)), kind)
+
+
 FOUND = {
     "a text in a plan that is no Unicode": (
         "agreed plans",
@@ -88,6 +105,24 @@ FOUND = {
         lambda: TARGETS["lists of signed heads"].good[0].replace(b'"number": 1', b'"number": Infinity'),
     ),
     "a trainer's message nested deep": ("a trainer's messages", lambda: nested(30_000)),
+    "an Ed25519 key that says it is X448": (
+        "identity files",
+        lambda: pem_with("identity files", b"\x2b\x65\x70", b"\x2b\x65\x6f"),
+    ),
+    "an authority with one extension twice": (
+        "bundles of authorities",
+        lambda: pem_with("bundles of authorities", b"\x55\x1d\x0f", b"\x55\x1d\x0e"),
+    ),
+    "a download from where no file ends": (
+        "downloads",
+        lambda: pb.PullRequest(object=reference(DOWNLOAD), offset=2**64 - 1).SerializeToString(),
+    ),
+    "a coordinator that holds more of an upload than there is": (
+        "transfers at a site",
+        lambda: enc(pb.StatReply(received=2**64 - 1).SerializeToString(), b""),
+    ),
+    "a score that is a warning": ("scores", lambda: b"Some weights were newly initialized."),
+    "a score that is a number": ("scores", lambda: b"1"),
 }
 
 
@@ -97,6 +132,17 @@ def test_what_was_found_stays_fixed(what: str) -> None:
     target = TARGETS[name]
     with pytest.raises(target.allowed):
         target.run(make())
+
+
+@pytest.mark.parametrize("told", ["nan", "-inf", "1e999", "-1", "", "9" * 400, "\u0661.500", "1_0.000", b"1.000"])
+def test_a_coordinator_s_odd_time_is_no_time(told: object) -> None:
+    assert coordinators_clock([(CLOCK_KEY, told)]) is None
+    assert coordinators_clock([(CLOCK_KEY, "1800000000.123")]) == 1_800_000_000.123
+
+
+def test_a_condition_nested_deep_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "condition.json").write_bytes(nested(30_000))
+    assert read_condition(tmp_path) == {}
 
 
 def test_the_search_tells_of_a_crash_a_hang_and_growth() -> None:

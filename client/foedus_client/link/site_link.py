@@ -21,7 +21,7 @@ import grpc.aio
 from flwr.app import Context, Message, Metadata
 from flwr.clientapp import ClientApp
 
-from foedus_client.link.state import LinkState, clocks_apart, explain
+from foedus_client.link.state import LinkState, clocks_apart, coordinators_clock, explain
 from foedus_client.link.transfers import Transfers, check_size, pauses
 from foedus_common.certificates import CLOCK_SKEW
 from foedus_common.clock import Clock, SystemClock
@@ -31,7 +31,6 @@ from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.contents import body_of, content_of, message_of
 from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
-    CLOCK_KEY,
     COORDINATOR_NODE,
     DEFAULT_TIMING,
     MAX_BODY,
@@ -364,9 +363,8 @@ def admission(address: str, tls: TlsIdentity, proxy: str = "") -> float:
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise LocalError(explain(error, address, proxy, tls.authority, SystemClock())[1]) from None
-            told = dict(error.trailing_metadata())
-            if CLOCK_KEY in told:
-                return float(told[CLOCK_KEY])
+            if (now := coordinators_clock(error.trailing_metadata())) is not None:
+                return now
     raise LocalError(
         f"What answers at {address} is no coordinator of this release; install the same one on both sides."
     )

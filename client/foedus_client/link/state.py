@@ -7,6 +7,7 @@ coordinator's certificate says of the time is read without trusting it for anyth
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from collections.abc import Iterable
 from enum import StrEnum
@@ -20,6 +21,7 @@ from foedus_common.clock import APART_SECONDS, Clock, apart, iso, span
 from foedus_common.link.transport import CLOCK_KEY, proxy_for
 
 _LOOK_SECONDS = 5.0
+_CLOCK = re.compile(r"[0-9]{1,11}\.[0-9]{3}", re.ASCII)
 
 
 class LinkState(StrEnum):
@@ -77,8 +79,14 @@ def clocks_apart(
 ) -> str | None:
     """The sentence for a clock that differs from the coordinator's, which a call's metadata may tell, by more than
     `tolerance` seconds."""
-    told = dict(metadata or ())
-    return apart(clock.now(), float(told[CLOCK_KEY]), tolerance) if CLOCK_KEY in told else None
+    theirs = coordinators_clock(metadata)
+    return None if theirs is None else apart(clock.now(), theirs, tolerance)
+
+
+def coordinators_clock(metadata: Iterable[tuple[str, Any]] | None) -> float | None:
+    """Unix seconds, where a call's metadata tells them; what is no time of ours counts as nothing told."""
+    told = dict(metadata or ()).get(CLOCK_KEY)
+    return float(told) if isinstance(told, str) and _CLOCK.fullmatch(told) else None
 
 
 def _wrong_time(address: str, authority: bytes, now: float) -> str | None:

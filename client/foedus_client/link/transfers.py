@@ -73,6 +73,7 @@ class Transfers:
         """Have the object at the coordinator, whole and checked there.
 
         Raises:
+            RemoteError: BAD_MESSAGE when the coordinator says that it holds more of it than there is.
             LocalError: the coordinator would not take it.
         """
         await self._patiently(lambda moved: self._push(run_id, ref, moved))
@@ -113,6 +114,8 @@ class Transfers:
         held = await self._stub.Stat(_address(run_id, ref), timeout=_STAT_SECONDS)
         if held.whole:
             return
+        if held.received > ref.size:
+            raise RemoteError(Reason.BAD_MESSAGE, "the coordinator says it holds more of an object than there is.")
         call = self._stub.Push()
         try:
             # A call that the coordinator has ended takes no more writes; awaiting it says why, as well as can be.

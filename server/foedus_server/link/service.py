@@ -258,6 +258,8 @@ class LinkService:
             run = self._runs.get(wanted.object.run_id)
             if run is None or not run.may_download(peer.site, ref) or not self._objects.has(ref):
                 raise _nothing_here()
+            if wanted.offset > ref.size:
+                raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "The download goes on from beyond the object's end.")
             with self._objects.path(ref).open("rb") as file:
                 file.seek(wanted.offset)
                 while chunk := await asyncio.to_thread(file.read, CHUNK):

@@ -10,10 +10,9 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan
@@ -63,8 +62,13 @@ class Score:
 
 
 def parse_score(line: str) -> Score:
-    """A score from its line."""
-    table: Mapping[str, Any] = json.loads(line)
+    """A score from its line. Raises LocalError for a line that is none, such as a library's word in between."""
+    try:
+        table = json.loads(line)
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise LocalError(f"The evaluation's process said something that is no score: {line[:100]!r}.")
     return parse(Score, table, "the score")
 
 
