@@ -249,8 +249,8 @@ def sheet(party: str, heads: Iterable[Head]) -> bytes:
 
 
 def heads_in(text: bytes, owner: str, keys: Iterable[bytes]) -> list[Head]:
-    """The heads of `owner`'s journal in a sheet. Raises LocalError for what is no sheet, or for a head there that none
-    of the owner's `keys` signed."""
+    """The heads of `owner`'s journal in a sheet, each once however often it is listed. Raises LocalError for what is no
+    sheet, or for a head there that none of the owner's `keys` signed."""
     try:
         rows = json.loads(text)["heads"]
         found = [
@@ -262,7 +262,7 @@ def heads_in(text: bytes, owner: str, keys: Iterable[bytes]) -> list[Head]:
             raise ValueError
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise LocalError("The file is no list of signed heads; `audit export` writes one.") from None
-    return [_signed_by_one_of(keys, Head(owner, *row, b"")) for row in found]
+    return [_signed_by_one_of(keys, Head(owner, *row, b"")) for row in dict.fromkeys(found)]
 
 
 def _signed_by_one_of(keys: Iterable[bytes], head: Head) -> Head:

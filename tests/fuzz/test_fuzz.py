@@ -8,6 +8,7 @@ import io
 import json
 import math
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,14 @@ def test_a_coordinator_s_odd_time_is_no_time(told: object) -> None:
 def test_a_condition_nested_deep_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "condition.json").write_bytes(nested(30_000))
     assert read_condition(tmp_path) == {}
+
+
+def test_a_head_that_is_listed_thousands_of_times_is_checked_once() -> None:
+    sheet = json.loads(TARGETS["lists of signed heads"].good[0])
+    repeated = json.dumps({**sheet, "heads": sheet["heads"] * 20_000}).encode()
+    target = replace(TARGETS["lists of signed heads"], mutate=[lambda *_: repeated])
+    outcome = fuzz(target, 0, 1)
+    assert (outcome.failure, outcome.accepted) == ("", 1)
 
 
 def test_the_search_tells_of_a_crash_a_hang_and_growth() -> None:
