@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from foedus_common.protocol import messages as m
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, Opened
+from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send, VectorStore
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.site_session import SiteSession
@@ -86,6 +87,7 @@ class Cohort:
         identities = {site: Ed25519PrivateKey.generate() for site in self.names}
         keys = {site: key.public_key().public_bytes_raw() for site, key in identities.items()}
         self.roster = Roster(1, bytes(32), {site: Member(key, f"org of {site}") for site, key in keys.items()})
+        self.size = RoundSize(3, max(16, len(updates)))
         self.layout = FieldLayout(bits, max(16, len(updates)), ((len(updates[0]), CLIP),))
         self.config = self._config()
         self.silent = frozenset(self.names[len(updates) - drops :])
@@ -96,7 +98,9 @@ class Cohort:
             with self.watches[site].running():
                 words = self.layout.encode(update, os.urandom)
             outbox = Outbox(self.config.terms, vectors.store(words), charged=True)
-            session = SiteSession(site, identities[site].sign, self.roster, PeerRule(), outbox, vectors, os.urandom)
+            session = SiteSession(
+                site, identities[site].sign, self.roster, PeerRule(), self.size, outbox, vectors, os.urandom
+            )
             self._sessions[site], self._states[site] = session, session.begin()
 
     def _config(self) -> m.RoundConfig:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from answers import answered
 from foedus_client import audit as site_audit
 from foedus_client.ledger.accounts import Budget
 from foedus_client.ledger.ledger import Ledger
@@ -23,8 +24,8 @@ from foedus_client.store import SiteStore
 from foedus_common.journal import BrokenChain
 from foedus_common.objects import ObjectRef
 from foedus_common.plan import schedule
-from foedus_common.protocol.effects import Answered, AttemptSeen, VectorMasked
-from foedus_common.protocol.messages import AttemptId, VectorRef
+from foedus_common.protocol.effects import AttemptSeen, VectorMasked
+from foedus_common.protocol.messages import AttemptId, Consistency, MaskedInput, Unmask, VectorRef
 from foedus_common.protocol.wire import COORDINATOR
 from foedus_common.terms import round_terms
 from foedus_server import audit as coordinator_audit
@@ -82,10 +83,10 @@ class Federation:
             charge = self.ledger.reserve_round(RUN, round_plan.index)
             self.ledger.release(charge, round_terms(agreed, round_plan, ObjectRef("d" * 64, 400)), vector)
             self.store.persist([AttemptSeen(where)])
-            self.store.persist([VectorMasked(where, vector, masked), Answered(where, 2, bytes(32), b"masked")])
-            self.store.persist([Answered(where, 3, bytes(32), b"signature")])
+            self.store.persist([VectorMasked(where, vector, masked), answered(where, 2, MaskedInput(masked))])
+            self.store.persist([answered(where, 3, Consistency(bytes(64)))])
             self.ledger.commit(RUN, round_plan.index)
-            self.store.persist([Answered(where, 4, bytes(32), b"shares")])
+            self.store.persist([answered(where, 4, Unmask(()))])
             runs.abort_attempt(attempt, "TOO_FEW_SITES")
 
 

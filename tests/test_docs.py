@@ -25,6 +25,7 @@ import typer
 from foedus_client.config import SiteSettings
 from foedus_common.errors import Reason
 from foedus_common.plan import RunPlan
+from foedus_common.protocol.draw import RoundSize, withstood
 from foedus_common.protocol.thresholds import thresholds, tolerated_drops
 from foedus_common.tables import parse
 from foedus_server.config import Settings
@@ -201,6 +202,16 @@ def test_the_table_of_thresholds_is_what_is_computed() -> None:
     for n, c, t, m_min, drops in rows:
         limits = thresholds(n, c)
         assert (limits.threshold, limits.minimum, tolerated_drops(n, c)) == (t, m_min, drops)
+
+
+def test_the_table_of_colluders_is_what_is_computed() -> None:
+    rows = [tuple(map(int, row)) for row in first_cells(ROOT / "docs/protocol.md", "How many may collude")]
+    assert len(rows) >= 5
+    for sites, cohort, c, together, t, drops in rows:
+        size = RoundSize(sites, sites)
+        assert size.smallest_sum == size.largest_sum == cohort
+        assert withstood(c, size=size, rounds=100) == together
+        assert (thresholds(cohort, c).threshold, tolerated_drops(cohort, c)) == (t, drops)
 
 
 # --- What is named must be there ---

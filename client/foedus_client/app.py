@@ -12,7 +12,7 @@ from foedus_common.errors import Reason, RemoteError
 from foedus_common.link.contents import body_of, content_of
 from foedus_common.protocol import wire
 
-STAGES = ("keys", "shares", "mask", "survivors", "unmask")
+STAGES = ("commit", "reveal", "keys", "shares", "mask", "survivors", "unmask")
 
 
 def client_app(rounds: SiteRounds) -> ClientApp:

@@ -125,8 +125,9 @@ def _about_software(agreed: AgreedPlan, facts: Facts, policy: SitePolicy) -> Ite
 
 def _about_sites(agreed: AgreedPlan, facts: Facts, policy: SitePolicy) -> Iterator[str]:
     secure = agreed.plan.secure_aggregation
-    if secure.min_sites < policy.min_sites:
-        yield f"The plan allows sums of {secure.min_sites} sites, and [policy] min_sites is {policy.min_sites}."
+    fewest = secure.size.smallest_sum
+    if fewest < policy.min_sites:
+        yield f"The plan allows sums of {fewest} sites, and [policy] min_sites is {policy.min_sites}."
     if secure.colluding < policy.colluding:
         yield f"The plan withstands {secure.colluding} colluding sites, and [policy] colluding is {policy.colluding}."
     for organisation in policy.must_include:

@@ -44,7 +44,16 @@ from foedus_common.protocol.effects import Abort, Erase, Persist, Send
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.masks import Words
 from foedus_common.protocol.site_session import SiteSession
-from foedus_common.protocol.site_stages import Advertised, Agreed, Finished, Masked, Shared, SiteState
+from foedus_common.protocol.site_stages import (
+    Advertised,
+    Agreed,
+    Committed,
+    Finished,
+    Masked,
+    Revealed,
+    Shared,
+    SiteState,
+)
 from foedus_common.protocol.thresholds import PeerRule
 from foedus_common.randomness import RandomBytes
 from foedus_common.ranges import half_range
@@ -53,7 +62,7 @@ from foedus_common.terms import protocol_roster, round_terms
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-SUMMING = (Advertised, Shared, Masked, Agreed)
+SUMMING = (Committed, Revealed, Advertised, Shared, Masked, Agreed)
 
 
 class Trainer(Protocol):
@@ -290,6 +299,7 @@ class SiteRounds:
             sign=site.member.key.sign,
             roster=protocol_roster(site.member.roster(site.clock.now())),
             rule=peer_rule(site.policy),
+            size=parse_agreed_plan(plan.canonical).plan.secure_aggregation.size,
             outbox=outbox,
             vectors=ObjectVectors(site.objects),
             random=site.random,

@@ -35,8 +35,9 @@ from foedus_common.randomness import RandomBytes
 
 SITE_NAME = re.compile(r"[a-z0-9-]{1,40}")
 MAX_ORG_CHARACTERS = 120
-MAX_ROSTER_BYTES = 112 * 1024
-"""About 600 sites; together with a plan it fits into one control message of the link."""
+MAX_ROSTER_BYTES = 208 * 1024
+"""A thousand sites and more; with the certificates beside it in an answer to an enrolment it fits into one message of
+the link."""
 
 SIGNATURE_BYTES = 64
 _KEY_FILE_BYTES = 4096

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from foedus_common.canonical import canonical_json, digest
 from foedus_common.errors import LocalError
+from foedus_common.protocol.draw import MAX_SITES, RoundSize
 from foedus_common.tables import parse, read_toml
 
 TRAINER_VERSION = "foedus-trainer/3"
@@ -130,6 +131,11 @@ class SecureAggregation:
     field_bits: int = 21
     retries: int = 2
 
+    @property
+    def size(self) -> RoundSize:
+        """Of a round. What shares a sum is a cohort of it, of `size.smallest_sum` to `size.largest_sum` sites."""
+        return RoundSize(self.min_sites, self.max_sites)
+
 
 @dataclass(frozen=True)
 class Privacy:
@@ -199,10 +205,16 @@ def _problems(plan: RunPlan) -> Iterator[str]:
         yield "has no [[phase]]; add at least one."
     if plan.rounds > MAX_ROUNDS:
         yield f"must have at most {MAX_ROUNDS} rounds over all phases."
-    if not 3 <= secure.min_sites <= secure.max_sites <= 128:
-        yield "must have 3 <= min_sites <= max_sites <= 128 in [secure_aggregation]; the sum of two reveals the other."
-    if not 0 <= secure.colluding <= secure.min_sites - 2:
-        yield "must have [secure_aggregation] colluding between 0 and min_sites - 2."
+    if not 3 <= secure.min_sites <= secure.max_sites <= MAX_SITES:
+        yield (
+            f"must have 3 <= min_sites <= max_sites <= {MAX_SITES} in [secure_aggregation]; "
+            "the sum of two reveals the other."
+        )
+    elif not 0 <= secure.colluding <= secure.size.smallest_sum - 2:
+        yield (
+            f"must have [secure_aggregation] colluding between 0 and {secure.size.smallest_sum - 2}: two "
+            "fewer than the smallest sum has sites."
+        )
     if not 8 <= secure.field_bits <= 32:
         yield "must have [secure_aggregation] field_bits between 8 and 32."
     if not 0 <= secure.retries <= MAX_ROUNDS:

@@ -62,7 +62,7 @@ def honest_sites(agreed: AgreedPlan) -> int:
     noise to themselves. For a site that is in the sum and honest, its own noise is one of them.
     """
     secure = agreed.plan.secure_aggregation
-    return thresholds(secure.min_sites, secure.colluding).quorum - secure.colluding
+    return thresholds(secure.size.smallest_sum, secure.colluding).quorum - secure.colluding
 
 
 def noise_grid(agreed: AgreedPlan, phase: int) -> NoiseGrid:
@@ -123,4 +123,4 @@ def site_grid(agreed: AgreedPlan, phase: int) -> SiteGrid:
 
 def _field_steps(agreed: AgreedPlan) -> int:
     secure = agreed.plan.secure_aggregation
-    return steps_of_half_range(secure.field_bits, secure.max_sites)
+    return steps_of_half_range(secure.field_bits, secure.size.largest_sum)

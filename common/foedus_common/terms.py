@@ -20,7 +20,7 @@ def field_layout(agreed: AgreedPlan, round_plan: RoundPlan) -> FieldLayout:
     secure = agreed.plan.secure_aggregation
     parts = agreed.trained[round_plan.phase]
     segments = tuple((part.length, half_range(agreed, round_plan, part.group)) for part in parts)
-    return FieldLayout(secure.field_bits, secure.max_sites, segments)
+    return FieldLayout(secure.field_bits, secure.size.largest_sum, segments)
 
 
 def noise(agreed: AgreedPlan, round_plan: RoundPlan) -> Noise:
@@ -43,7 +43,7 @@ def round_terms(agreed: AgreedPlan, round_plan: RoundPlan, adapter: ObjectRef) -
         trainer_version=agreed.trainer_version,
         layout=field_layout(agreed, round_plan),
         noise=noise(agreed, round_plan),
-        min_sites=secure.min_sites,
+        min_sites=secure.size.smallest_sum,
         colluding=secure.colluding,
     )
 

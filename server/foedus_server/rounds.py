@@ -1,7 +1,7 @@
 """Drives one attempt of a round over a Grid: the page an operator reads.
 
-    invite the sites -> wait until they are ready -> fix the cohort -> keys, shares, masked vectors, survivors, shares
-    of the masks -> the opened sum -> its mean
+    invite the sites -> wait until they are ready -> draw cohorts, where there are too many for one -> in each cohort
+    keys, shares, masked vectors, survivors, shares of the masks -> the opened sums -> their mean
 
 The coordinator sees references, signatures and sums; every check that protects a site is made at the site. Knows no
 database, no Flower and no torch.
@@ -9,8 +9,10 @@ database, no Flower and no torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,15 +28,28 @@ from foedus_common.objects import ObjectRef
 from foedus_common.plan import AgreedPlan, RoundPlan
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
-from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState, Failed
+from foedus_common.protocol.coordinator_draw import Drawn, DrawSession, DrawState
+from foedus_common.protocol.coordinator_session import (
+    CoordinatorSession,
+    CoordinatorState,
+    Event,
+    Failed,
+    Opened,
+    OpenStage,
+)
+from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import Arrived, Deadline, Dropped, Effects, Send
 from foedus_common.protocol.masks import Words
-from foedus_common.protocol.thresholds import Thresholds, thresholds
+from foedus_common.protocol.thresholds import thresholds
 from foedus_common.terms import protocol_roster, round_terms
 from foedus_server.config import Patience
 
+logger = logging.getLogger(__name__)
+
 STAGE_TYPES = ("query.keys", "query.shares", "query.mask", "query.survivors", "query.unmask")
 STAGE_NAMES = ("keys", "shares", "masked input", "consistency", "unmasking")
+DRAW_TYPES = ("query.commit", "query.reveal")
+DRAW_NAMES = ("commitments", "seeds")
 
 
 @runtime_checkable
@@ -92,7 +107,10 @@ class RoundTask:
 
 @dataclass
 class RoundLog:
-    """What an operator is told of an attempt: seconds by stage, bytes over all sites, who dropped out and why."""
+    """What an operator is told of an attempt: seconds by stage, bytes over all sites, who dropped out and why.
+
+    cohort: of the whole round, however many sums it has.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_up: int = 0
@@ -111,9 +129,14 @@ class Committed:
 
 @dataclass(frozen=True)
 class Aborted:
-    """Nothing was opened; `error` says why."""
+    """Nothing was opened; `error` says why. Another attempt had better do without the sites `left_out`."""
 
     error: FoedusError
+    left_out: tuple[str, ...] = ()
+
+
+Session = DrawSession | CoordinatorSession
+State = DrawState | CoordinatorState
 
 
 class Round:
@@ -139,13 +162,19 @@ class Round:
 
     def run(self) -> Committed | Aborted:
         """Raises nothing that a site can cause; what stops the coordinator itself (LinkStopping) passes through."""
-        cohort = self._invite()
-        try:
-            limits = self._limits(cohort)
-        except LocalError as error:
-            return Aborted(error)
-        self.log.cohort = cohort
-        return self._aggregate(self._config(cohort, limits))
+        size, ready = self._task.agreed.plan.secure_aggregation.size, self._invite()
+        if not size.fewest <= len(ready) <= size.most:
+            allowed = f"needs {size.fewest}" if len(ready) < size.fewest else f"has room for {size.most}"
+            return Aborted(LocalError(f"Sites ready for the round: {len(ready)}; the plan {allowed}."))
+        self.log.cohort = ready
+        if len(ready) <= size.largest_cohort:
+            return self._aggregate([ready])
+        (drawn,) = self._play([self._draw(ready, size)], DRAW_TYPES, DRAW_NAMES)
+        if isinstance(drawn, Drawn):
+            return self._aggregate(drawn.cohorts, drawn.seeds)
+        assert isinstance(drawn, Failed)
+        suspects = drawn.error.suspects if isinstance(drawn.error, RemoteError) else ()
+        return Aborted(drawn.error, suspects)
 
     # --- I and T: invite, and wait until the sites have trained ---
 
@@ -189,18 +218,30 @@ class Round:
             terms.run_id, terms.round, self._task.attempt, terms.plan_digest, source, destination, sequence=0
         )
 
-    # --- The cohort ---
+    # --- D1 and D2, A0 to A5: who sums with whom, and the secure sums ---
 
-    def _limits(self, cohort: tuple[str, ...]) -> Thresholds:
-        """Raises LocalError when too few sites are ready for a sum that hides each of them."""
-        fewest = self._task.agreed.plan.secure_aggregation.min_sites
-        if len(cohort) < fewest:
-            raise LocalError(f"Sites ready for the round: {len(cohort)}; the plan needs {fewest}.")
-        return thresholds(len(cohort), self._terms.colluding)
+    def _draw(self, ready: tuple[str, ...], size: RoundSize) -> DrawSession:
+        return DrawSession(self._terms, self._task.attempt, ready, size, protocol_roster(self._task.roster))
 
-    def _config(self, cohort: tuple[str, ...], limits: Thresholds) -> m.RoundConfig:
-        roster = protocol_roster(self._task.roster)
-        return m.RoundConfig(
+    def _aggregate(
+        self, cohorts: Sequence[tuple[str, ...]], seeds: tuple[tuple[str, bytes], ...] = ()
+    ) -> Committed | Aborted:
+        """The mean over every cohort whose sum opened; the sites of one whose did not are missed like dropouts."""
+        sessions = [self._session(cohort, seeds) for cohort in cohorts]
+        states = self._play(sessions, STAGE_TYPES, STAGE_NAMES)
+        opened = [state for state in states if isinstance(state, Opened)]
+        failed = [state.error for state in states if isinstance(state, Failed)]
+        if not opened:
+            return Aborted(failed[0])
+        for error in failed:
+            logger.warning("round %d: a cohort opened no sum: %s", self._terms.round + 1, error)
+        survivors = tuple(sorted(site for state in opened for site in state.survivors))
+        total = functools.reduce(np.add, (state.total for state in opened))
+        return Committed(total / len(survivors), survivors)
+
+    def _session(self, cohort: tuple[str, ...], seeds: tuple[tuple[str, bytes], ...]) -> CoordinatorSession:
+        limits, roster = thresholds(len(cohort), self._terms.colluding), protocol_roster(self._task.roster)
+        config = m.RoundConfig(
             protocol_version=m.PROTOCOL_VERSION,
             terms=self._terms,
             attempt=self._task.attempt,
@@ -210,34 +251,31 @@ class Round:
             threshold=limits.threshold,
             minimum=limits.minimum,
         )
+        return CoordinatorSession(config, roster, UploadedVectors(self._grid, cohort, self.log), seeds)
 
-    # --- A0 to A5: the secure sum ---
+    def _play(self, sessions: Sequence[Session], types: Sequence[str], names: Sequence[str]) -> list[State]:
+        """Takes the sessions through their stages side by side, and gives what each came to."""
+        begun = [session.begin() for session in sessions]
+        states: list[State] = [state for state, _ in begun]
+        requests = [_requests(effects) for _, effects in begun]
 
-    def _aggregate(self, config: m.RoundConfig) -> Committed | Aborted:
-        vectors = UploadedVectors(self._grid, config.cohort, self.log)
-        session = CoordinatorSession(config, protocol_roster(self._task.roster), vectors)
-        state: CoordinatorState
-        state, effects = session.begin()
-        while isinstance(state, Awaiting):
-            sequence = state.sequence
-            requests = {effect.destination: effect.envelope for effect in effects if isinstance(effect, Send)}
-            effects = ()
-            seconds = self._patience.stage_seconds
-            for site, body in self._ask(STAGE_TYPES[sequence], STAGE_NAMES[sequence], requests, seconds):
-                state, following = session.step(state, Arrived(site, body))
-                effects += self._note(following)
-            if isinstance(state, Awaiting) and state.sequence == sequence:
-                state, following = session.step(state, Deadline(sequence))
-                effects += self._note(following)
-        if isinstance(state, Failed):
-            return Aborted(state.error)
-        return Committed(state.total / len(state.survivors), state.survivors)
+        def tell(number: int, event: Event) -> None:
+            states[number], effects = sessions[number].step(states[number], event)  # type: ignore[arg-type]
+            requests[number] |= _requests(effects)
+            for effect in effects:
+                if isinstance(effect, Dropped):
+                    self._drop(effect.site, effect.reason, effect.sentence)
 
-    def _note(self, effects: Effects) -> Effects:
-        for effect in effects:
-            if isinstance(effect, Dropped):
-                self._drop(effect.site, effect.reason, effect.sentence)
-        return effects
+        for stage, (message_type, name) in enumerate(zip(types, names, strict=True)):
+            whose = {site: number for number, each in enumerate(requests) for site in each}
+            asked = {site: envelope for each in requests for site, envelope in each.items()}
+            requests = [{} for _ in sessions]
+            for site, body in self._ask(message_type, name, asked, self._patience.stage_seconds) if asked else ():
+                tell(whose[site], Arrived(site, body))
+            for number, state in enumerate(states):
+                if isinstance(state, OpenStage) and state.sequence == stage:
+                    tell(number, Deadline(stage))
+        return states
 
     # --- Asking sites ---
 
@@ -281,6 +319,10 @@ class Round:
 
     def _drop(self, site: str, reason: DropReason, sentence: str) -> None:
         self.log.dropped.setdefault(site, (reason, sentence))
+
+
+def _requests(effects: Effects) -> dict[str, bytes]:
+    return {effect.destination: effect.envelope for effect in effects if isinstance(effect, Send)}
 
 
 class UploadedVectors:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,16 +174,18 @@ class _Conductor:
     def round(self, round_plan: RoundPlan) -> None:
         """Attempts the round until it is committed. Raises LocalError when it is given up."""
         error: Exception | None = None
+        left_out: set[str] = set()
         for number in range(ATTEMPTS):
             if number:
                 self._pause(self._coordinator.patience.retry_seconds * 2 ** (number - 1))
             self._await_sites()
-            attempt, result = self._attempt(round_plan)
+            attempt, result = self._attempt(round_plan, left_out)
             if isinstance(result, Committed):
                 self._commit(round_plan, attempt, result)
                 self._show_heads()
                 return
             error = result.error
+            left_out |= set(result.left_out)
             self._coordinator.store.runs.abort_attempt(attempt, str(error))
         raise LocalError(f"Round {round_plan.index + 1} was given up after {ATTEMPTS} attempts: {error}")
 
@@ -213,7 +215,7 @@ class _Conductor:
                 )
             self._grid.wait(LOOK_SECONDS)
 
-    def _attempt(self, round_plan: RoundPlan) -> tuple[Attempt, Committed | Aborted]:
+    def _attempt(self, round_plan: RoundPlan, left_out: Collection[str]) -> tuple[Attempt, Committed | Aborted]:
         attempt = self._coordinator.store.runs.start_attempt(self._run_id, round_plan.index)
         task = RoundTask(
             agreed=self.agreed,
@@ -222,7 +224,7 @@ class _Conductor:
             round_plan=round_plan,
             attempt=attempt.attempt,
             adapter=self._current_adapter(),
-            sites=tuple(self._members()),
+            sites=tuple(site for site in self._members() if site not in left_out),
         )
 
         def save(stage: str, log: RoundLog) -> None:

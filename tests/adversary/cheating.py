@@ -236,6 +236,7 @@ class Cheat:
             sign=self.federation.moles[name].key.sign,
             roster=protocol_roster(self.federation.roster),
             rule=PeerRule(),
+            size=self.agreed.plan.secure_aggregation.size,
             outbox=Outbox(config.terms, self.store(config.terms.layout.encode(nothing, os.urandom)), charged=True),
             vectors=self,
             random=random,

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from answers import answered
 from foedus_client.store import SiteStore
 from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
 from foedus_common.journal import START, next_entry, verify
-from foedus_common.protocol.effects import Answered, AttemptSeen, VectorMasked
-from foedus_common.protocol.messages import AttemptId, VectorRef
+from foedus_common.protocol.effects import AttemptSeen, VectorMasked
+from foedus_common.protocol.messages import AttemptId, Consistency, MaskedInput, Unmask, VectorRef
 
 RUN = 2**62
 ATTEMPT = AttemptId(RUN, 3, 0)
@@ -40,7 +41,8 @@ def test_what_the_store_keeps_is_entered_in_order(store: SiteStore) -> None:
     store.decide_plan(PLAN, "approved", "anna")
     store.append_entry(next_entry(START, 0.0, "reserve_round", {"run_id": RUN, "round": 3}), bytes(64))
     store.persist([AttemptSeen(ATTEMPT)])
-    store.persist([Answered(ATTEMPT, sequence, bytes(32), b"answer") for sequence in (2, 3, 4)])
+    kept = (MaskedInput(VectorRef(bytes(32), 800)), Consistency(bytes(64)), Unmask(()))
+    store.persist([answered(ATTEMPT, sequence, message) for sequence, message in enumerate(kept, start=2)])
     store.pause("anna")
     store.resume()
     assert events(store) == [

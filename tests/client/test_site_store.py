@@ -16,14 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from answers import answered
 from foedus_client.store import Dataset, SiteStore
 from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
 from foedus_common.journal import START, next_entry
 from foedus_common.objects import ObjectRef
 from foedus_common.plan import schedule
-from foedus_common.protocol.effects import Answered, Arrived, AttemptSeen, VectorMasked
-from foedus_common.protocol.messages import AttemptId, RoundTerms, VectorRef
+from foedus_common.protocol.effects import Arrived, AttemptSeen, VectorMasked
+from foedus_common.protocol.messages import AttemptId, Consistency, RoundTerms, Unmask, VectorRef
 from foedus_common.terms import round_terms
 from plans import agreed_plan
 
@@ -246,13 +247,13 @@ def test_the_newest_vector_of_a_round_is_the_one_that_waits(store: SiteStore) ->
 
 
 def test_an_attempt_is_begun_once_and_a_sequence_answered_once(store: SiteStore) -> None:
-    first = Answered(ATTEMPT, 1, b"q" * 32, b"answer 1")
-    second = Answered(ATTEMPT, 2, b"r" * 32, b"answer 2")
+    first = answered(ATTEMPT, 3, Consistency(bytes(64)), b"q" * 32)
+    second = answered(ATTEMPT, 4, Unmask(()), b"r" * 32)
     store.persist([AttemptSeen(ATTEMPT), first])
     store.persist([second])
     assert store.answered(ATTEMPT) == second
     assert store.answered(AttemptId(7, 3, 1)) is None
-    for repeated in (AttemptSeen(ATTEMPT), Answered(ATTEMPT, 2, b"s" * 32, b"another")):
+    for repeated in (AttemptSeen(ATTEMPT), answered(ATTEMPT, 4, Unmask(()), b"s" * 32)):
         with pytest.raises(LocalError, match="contradicts"):
             store.persist([repeated])
     assert store.answered(ATTEMPT) == second

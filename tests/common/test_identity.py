@@ -31,6 +31,7 @@ from foedus_common.identity import (
     verify,
     write_key,
 )
+from foedus_common.protocol.draw import MAX_SITES
 from plans import agreed_plan
 from seeded import seeded
 
@@ -267,9 +268,16 @@ def test_parsing_raises_nothing_but_remote_errors(data: bytes) -> None:
 
 
 def test_a_roster_too_long_for_the_link_is_not_signed() -> None:
-    sites = tuple(RosterSite(f"site-{i:04}", "x" * 120, i.to_bytes(32, "big")) for i in range(500))
+    sites = tuple(RosterSite(f"site-{i:04}", "x" * 120, i.to_bytes(32, "big")) for i in range(1000))
     with pytest.raises(LocalError, match="bytes long; sites read"):
         SignedRoster.sign(replace(ROSTER, sites=sites), ROOT)
+
+
+def test_the_largest_round_that_a_plan_allows_fits_a_roster() -> None:
+    sites = tuple(
+        RosterSite(f"branch-{i:04}", "Savings Bank of Somewhere, plc", i.to_bytes(32)) for i in range(MAX_SITES)
+    )
+    assert opened(SignedRoster.sign(replace(ROSTER, sites=sites), ROOT)).sites == sites
 
 
 # --- The plan ---

@@ -29,7 +29,7 @@ def test_the_digest_is_pinned():
         ({"run__name": None}, "lacks the key 'name'"),
         ({"model__sha256": "abc"}, "64 hexadecimal digits"),
         ({"secure_aggregation__min_sites": 2}, "the sum of two reveals the other"),
-        ({"secure_aggregation__max_sites": 200}, "max_sites <= 128"),
+        ({"secure_aggregation__max_sites": 1025}, "max_sites <= 1024"),
         ({"secure_aggregation__colluding": 2}, "colluding"),
         ({"phase__0__epochs": 2.0}, "gives epochs, which training under DP does not have"),
         ({"phase__1__warmup": 0.1, "phase__1__max_grad_norm": 1.0}, "gives max_grad_norm, warmup, which"),

@@ -18,6 +18,7 @@ from foedus_common.errors import FoedusError, Reason, RemoteError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState
+from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.site_session import SiteSession
@@ -51,6 +52,7 @@ class Attempt:
                 sign=keys[site].sign,
                 roster=roster,
                 rule=PeerRule(),
+                size=RoundSize(3, 16),
                 outbox=Outbox(terms, self.store(layout.pack(np.ones(7, np.int64))), charged=True),
                 vectors=self,
                 random=random,

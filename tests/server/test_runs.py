@@ -28,13 +28,14 @@ from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
 from foedus_common.identity import public_bytes
 from foedus_common.journal import BrokenChain
-from foedus_common.link.contents import context_of
+from foedus_common.link.contents import body_of, context_of
 from foedus_common.objects import ObjectStore
-from foedus_common.plan import AgreedPlan
+from foedus_common.plan import AgreedPlan, SecureAggregation
 from foedus_common.privacy import accounting
+from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import Answered, AttemptSeen, VectorMasked
-from foedus_common.protocol.messages import AttemptId
-from foedus_common.protocol.wire import COORDINATOR
+from foedus_common.protocol.messages import AttemptId, DrawnConfig
+from foedus_common.protocol.wire import COORDINATOR, parse_envelope
 from foedus_common.randomness import RandomBytes
 from foedus_server.app import server_app
 from foedus_server.audit import notary
@@ -227,6 +228,16 @@ def once(site: str, message_type: str, act: Callable[[], None] = lambda: None) -
             done.append(True)
             act()
             raise Gone("killed")
+
+    return fault
+
+
+def silent(site: str, message_type: str) -> Fault:
+    """The site never answers this message."""
+
+    def fault(name: str, message: Message) -> None:
+        if (name, message.metadata.message_type) == (site, message_type):
+            raise Gone("silent")
 
     return fault
 
@@ -476,6 +487,111 @@ def test_an_answer_that_could_not_be_stored_is_never_given(
     signed = store.answered(AttemptId(7, 0, 0))
     assert ("west" in four.survivors[0]) == (signed is not None)
     four.assert_sums_are_exact()
+
+
+# --- Cohorts that are drawn ---
+
+EIGHT = tuple(f"branch-{number}" for number in range(8))
+
+
+@pytest.fixture
+def eight(consortium: Make, monkeypatch: pytest.MonkeyPatch) -> Consortium:
+    """Eight sites of which at most four share a sum; what is 4 here is 128 in a release."""
+    size = RoundSize(fewest=6, most=16, largest_cohort=4)
+    monkeypatch.setattr(SecureAggregation, "size", property(lambda _: size))
+    return consortium(EIGHT)
+
+
+def opening_of(message: Message) -> DrawnConfig:
+    opening = parse_envelope(body_of(message)).message
+    assert isinstance(opening, DrawnConfig)
+    return opening
+
+
+def test_more_sites_than_share_a_sum_are_drawn_into_cohorts(eight: Consortium) -> None:
+    drawn: list[set[tuple[str, ...]]] = [set(), set()]
+
+    def note(site: str, message: Message) -> None:
+        if message.metadata.message_type == "query.keys":
+            config = opening_of(message).config
+            drawn[config.terms.round].add(config.cohort)
+
+    eight.submit(plan_of(rounds=2))
+    eight.grid.fault = note
+    assert eight.conduct() == "finished"
+    assert eight.attempts == [(0, 0, "committed"), (1, 0, "committed")]
+    assert eight.survivors == [EIGHT] * 2
+    eight.assert_sums_are_exact()
+    for cohorts in drawn:
+        assert sorted(map(len, cohorts)) == [4, 4]
+        assert sorted(site for cohort in cohorts for site in cohort) == list(EIGHT)
+    for name in EIGHT:
+        assert eight.charges(name) == [(0, "committed"), (1, "committed")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_is_lost_and_both_cohorts_open(eight: Consortium, stage: str) -> None:
+    eight.submit(plan_of(rounds=1))
+    eight.grid.fault = once("branch-3", stage, lambda: eight.grid.away.add("branch-3"))
+    assert eight.conduct() == "finished"
+    delivered = stage in ("query.survivors", "query.unmask")
+    assert eight.survivors == [tuple(name for name in EIGHT if delivered or name != "branch-3")]
+    eight.assert_sums_are_exact()
+
+
+def test_a_cohort_that_opens_no_sum_is_missed_like_its_sites(eight: Consortium) -> None:
+    """Two of four are lost: t is three. The other cohort's sum is the round's; the lost one's vectors are used up."""
+    cohort: list[str] = []
+
+    def fault(site: str, message: Message) -> None:
+        if message.metadata.message_type == "query.keys" and not cohort:
+            cohort.extend(opening_of(message).config.cohort)
+        if message.metadata.message_type == "query.mask" and site in cohort[:2]:
+            raise Gone("killed")
+
+    eight.submit(plan_of(rounds=1))
+    eight.grid.fault = fault
+    assert eight.conduct() == "finished"
+    assert eight.survivors == [tuple(name for name in EIGHT if name not in cohort)]
+    eight.assert_sums_are_exact()
+
+
+def test_a_site_that_keeps_its_seed_back_costs_one_attempt_and_is_left_out_of_the_next(eight: Consortium) -> None:
+    eight.submit(plan_of(rounds=1))
+    eight.grid.fault = silent("branch-3", "query.reveal")
+    assert eight.conduct() == "finished"
+    assert eight.attempts == [(0, 0, "aborted"), (0, 1, "committed")]
+    assert eight.survivors == [tuple(name for name in EIGHT if name != "branch-3")]
+    eight.assert_sums_are_exact()
+    assert eight.charges("branch-0") == [(0, "committed")]  # nobody had masked: the same vectors served
+    assert len(eight.sites["branch-0"]["store"].outbox(7, 0).attempts_seen) == 2
+
+
+def test_a_site_that_does_not_commit_is_missed_and_no_more(eight: Consortium) -> None:
+    eight.submit(plan_of(rounds=1))
+    eight.grid.fault = silent("branch-3", "query.commit")
+    assert eight.conduct() == "finished"
+    assert eight.attempts == [(0, 0, "committed")]
+    assert eight.survivors == [tuple(name for name in EIGHT if name != "branch-3")]
+
+
+@pytest.mark.parametrize("stage", ["query.reveal", "query.keys"])
+def test_a_site_that_restarts_in_a_draw_has_lost_its_seed(eight: Consortium, stage: str) -> None:
+    """What was begun is on disk: the attempt is not begun anew with another seed."""
+    eight.submit(plan_of(rounds=1))
+    eight.grid.fault = once("branch-3", stage, lambda: eight.start_site("branch-3"))
+    eight.grid.on_wait = lambda: eight.grid.redeliver("branch-3")
+    assert eight.conduct() == "finished"
+    assert [state for _, _, state in eight.attempts] == ["aborted", "committed"][stage == "query.keys" :]
+    assert "branch-3" not in eight.survivors[0]
+    eight.assert_sums_are_exact()
+
+
+def test_more_sites_than_the_plan_has_room_for_are_too_many(consortium: Make) -> None:
+    four = consortium()
+    four.submit(plan_of(rounds=1, secure_aggregation__max_sites=3))
+    assert four.conduct() == "failed"
+    assert "Sites ready for the round: 4; the plan has room for 3." in four.run.reason
 
 
 # --- Abort and retry ---

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from foedus_client.store.entries import Entries
 from foedus_common.errors import LocalError
 from foedus_common.protocol.effects import Answered, AttemptSeen, Record, VectorMasked
-from foedus_common.protocol.messages import AttemptId, RoundTerms, VectorRef
+from foedus_common.protocol.messages import AttemptId, Consistency, Message, RoundTerms, Unmask, VectorRef
 from foedus_common.protocol.site_stages import Outbox
-from foedus_common.protocol.wire import parse_terms, terms_bytes
+from foedus_common.protocol.wire import parse_envelope, parse_terms, terms_bytes
 
-ANSWERS = {3: "survivors.signed", 4: "unmasking.answered"}
-"""What answers are called in the journal, by the sequence number of the request; entered before the answer leaves. The
-one to request 2 is told by the vector that was masked for it."""
+ANSWERS: Mapping[type[Message], str] = {Consistency: "survivors.signed", Unmask: "unmasking.answered"}
+"""What answers are called in the journal; entered before the answer leaves. That of the masked input is told by the
+vector that was masked for it."""
 
 
 class Vectors(Entries):
@@ -95,7 +95,7 @@ class Vectors(Entries):
                 "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)",
                 (*record.attempt, record.sequence, record.request, record.answer),
             )
-            if event := ANSWERS.get(record.sequence):
+            if event := ANSWERS.get(type(parse_envelope(record.answer).message)):
                 self.log(event, **_where(record.attempt))
         else:
             raise LocalError(f"A site keeps no {type(record).__name__} records.")

@@ -15,7 +15,7 @@ import hmac
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from foedus_common.errors import DropReason, FoedusError, PolicyRefusal, Reason, RemoteError
 from foedus_common.protocol import messages as m
@@ -37,6 +37,9 @@ from foedus_common.protocol.thresholds import Roster, require_quorum
 
 Event = Arrived | Deadline
 
+DRAW_REQUESTS = 2
+"""Each attempt counts its requests from 0, and a draw comes before A0."""
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -54,11 +57,17 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Awaiting:
-    """A stage is open: `waiting` were asked and have not answered, `answers` are in."""
+class OpenStage:
+    """A stage, counted from 0: `waiting` were asked and have not answered."""
 
     sequence: int
     waiting: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Awaiting(OpenStage):
+    """A stage of A0 to A5 is open; `answers` are in."""
+
     answers: Mapping[str, m.FromSite]
     gathered: Gathered
 
@@ -87,53 +96,50 @@ CoordinatorState = Awaiting | Opened | Failed
 
 @dataclass(frozen=True)
 class CoordinatorSession:
-    """The coordinator's side of one attempt: what stays the same from step to step."""
+    """The coordinator's side of one attempt: what stays the same from step to step.
+
+    seeds: by site name, of the draw that gave this cohort; empty where none was held.
+    """
 
     config: m.RoundConfig
     roster: Roster
     vectors: VectorReader
+    seeds: tuple[tuple[str, bytes], ...] = ()
+
+    @cached_property
+    def opening(self) -> m.Opening:
+        return m.DrawnConfig(self.config, self.seeds) if self.seeds else self.config
 
     @cached_property
     def ctx(self) -> bytes:
-        return wire.round_context(wire.config_bytes(self.config))
+        return wire.round_context(wire.opening_bytes(self.opening))
+
+    def header(self, site: str, stage: int) -> wire.Header:
+        """Of the request that opens a stage, counted from 0; a draw has used up the first sequences."""
+        binding = self.ctx if stage else self.config.terms.plan_digest
+        sequence = stage + (DRAW_REQUESTS if self.seeds else 0)
+        return wire.Header(*self.config.attempt_id, binding, wire.COORDINATOR, site, sequence)
 
     def begin(self) -> tuple[Awaiting, Effects]:
         """Ask the whole cohort for keys."""
-        return _ask(self, 0, dict.fromkeys(self.config.cohort, self.config), Gathered())
+        return _ask(self, 0, dict.fromkeys(self.config.cohort, self.opening), Gathered())
 
     def step(self, state: CoordinatorState, event: Event) -> tuple[CoordinatorState, Effects]:
         """Take in one event. Never raises FoedusError; what came too late, twice or unasked changes nothing."""
         if not isinstance(state, Awaiting):
             return state, ()
-        if isinstance(event, Deadline) and event.sequence == state.sequence:
-            late = (
-                Dropped(site, DropReason.DEADLINE, f"{site} did not answer {_STAGES[state.sequence].name} in time")
-                for site in sorted(state.waiting)
-            )
-            return self._close(replace(state, waiting=frozenset()), (Persist((event,)), *late))
-        if isinstance(event, Arrived) and event.site in state.waiting:
-            effects: Effects = (Persist((event,)),)
-            try:
-                state = self._accept(state, event)
-            except FoedusError as error:
-                effects = (*effects, Dropped(event.site, _drop_reason(error), str(error)))
-            state = replace(state, waiting=state.waiting - {event.site})
-            return (state, effects) if state.waiting else self._close(state, effects)
-        return state, ()
+        taken, effects = take_in(state, event, _STAGES[state.sequence].name, self._accept)
+        if taken.waiting or not effects:
+            return taken, effects
+        return self._close(taken, effects)
 
     def _accept(self, state: Awaiting, event: Arrived) -> Awaiting:
         """One answer into the open stage. Its errors name the check that it fails; the site is dropped for it."""
-        stage, envelope = _STAGES[state.sequence], wire.parse_envelope(event.envelope)
-        envelope.verify(self.roster.member(event.site).public_key)
-        if isinstance(envelope.message, m.Declined):
-            raise PolicyRefusal([f"{event.site} declined to go on"])
-        expected = wire.Header(*self.config.attempt_id, self.ctx, event.site, wire.COORDINATOR, state.sequence)
-        if envelope.header != expected:
-            raise RemoteError(Reason.CONFIG_MISMATCH, f"the answer of {event.site} belongs elsewhere", (event.site,))
-        if not isinstance(envelope.message, stage.answer):
-            raise RemoteError(Reason.WRONG_STAGE, f"{event.site} did not answer {stage.name}", (event.site,))
-        gathered = stage.accept(self, state, event, envelope.message)
-        return replace(state, gathered=gathered, answers={**state.answers, event.site: envelope.message})
+        stage = _STAGES[state.sequence]
+        asked = replace(self.header(event.site, state.sequence), binding=self.ctx)
+        answer = answer_to(asked, stage.answer, event, self.roster)
+        gathered = stage.accept(self, state, event, answer)
+        return replace(state, gathered=gathered, answers={**state.answers, event.site: answer})
 
     def _close(self, state: Awaiting, effects: Effects) -> tuple[CoordinatorState, Effects]:
         """Everybody asked has answered or is dropped: go on to the next stage, or to the end."""
@@ -144,19 +150,48 @@ class CoordinatorSession:
         return following, (*effects, *requests)
 
 
+def answer_to(asked: wire.Header, kind: type[m.FromSite], event: Arrived, roster: Roster) -> m.FromSite:
+    """What a site signed in answer to this request. Raises PolicyRefusal where it declined, else RemoteError."""
+    site, envelope = event.site, wire.parse_envelope(event.envelope)
+    envelope.verify(roster.member(site).public_key)
+    if isinstance(envelope.message, m.Declined):
+        raise PolicyRefusal([f"{site} declined to go on"])
+    if envelope.header != replace(asked, source=site, destination=wire.COORDINATOR):
+        raise RemoteError(Reason.CONFIG_MISMATCH, f"the answer of {site} belongs elsewhere", (site,))
+    if not isinstance(envelope.message, kind):
+        raise RemoteError(Reason.WRONG_STAGE, f"{site} did not answer with {kind.__name__}", (site,))
+    return envelope.message
+
+
+_Open = TypeVar("_Open", bound="OpenStage")
+
+
+def take_in(state: _Open, event: Event, stage: str, accept: Callable[[_Open, Arrived], _Open]) -> tuple[_Open, Effects]:
+    """An open stage after one event, and what came of it: nothing, for what is late, twice or unasked. When nobody is
+    waited for any more, the stage is to be closed. accept: takes an answer in; its errors drop the site."""
+    if isinstance(event, Deadline) and event.sequence == state.sequence:
+        late = (
+            Dropped(site, DropReason.DEADLINE, f"{site} did not answer {stage} in time")
+            for site in sorted(state.waiting)
+        )
+        return replace(state, waiting=frozenset()), (Persist((event,)), *late)
+    if isinstance(event, Arrived) and event.site in state.waiting:
+        effects: Effects = (Persist((event,)),)
+        try:
+            state = accept(state, event)
+        except FoedusError as error:
+            reason = DropReason.DECLINED if isinstance(error, PolicyRefusal) else DropReason.PROTOCOL
+            effects = (*effects, Dropped(event.site, reason, str(error)))
+        return replace(state, waiting=state.waiting - {event.site}), effects
+    return state, ()
+
+
 def _ask(
     session: CoordinatorSession, sequence: int, requests: Mapping[str, m.ToSite], gathered: Gathered
 ) -> tuple[Awaiting, Effects]:
     """Open a stage: one request to each of the sites that are still there."""
-    binding = session.ctx if sequence else session.config.terms.plan_digest
     sends = tuple(
-        Send(
-            site,
-            wire.build_envelope(
-                wire.Header(*session.config.attempt_id, binding, wire.COORDINATOR, site, sequence), request
-            ),
-        )
-        for site, request in requests.items()
+        Send(site, wire.build_envelope(session.header(site, sequence), request)) for site, request in requests.items()
     )
     return Awaiting(sequence, frozenset(requests), {}, gathered), sends
 
@@ -352,7 +387,3 @@ _STAGES = (
     _Stage(m.Stage.UNMASK, m.Unmask, _accept_unmasking, _open),
 )
 """Indexed by the sequence of the requests whose answers they await."""
-
-
-def _drop_reason(error: FoedusError) -> DropReason:
-    return DropReason.DECLINED if isinstance(error, PolicyRefusal) else DropReason.PROTOCOL

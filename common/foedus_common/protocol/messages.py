@@ -23,6 +23,8 @@ PROTOCOL_VERSION = 2
 class Stage(StrEnum):
     """The stages in which sites answer with something of their own, as they are called in docs/protocol.md."""
 
+    COMMIT = "D1"
+    REVEAL = "D2"
     ADVERTISE = "A1"
     SHARE_KEYS = "A2"
     MASKED_INPUT = "A3"
@@ -130,6 +132,38 @@ class Ready:
     """The update is in the outbox. Bare: no number about the data."""
 
 
+# --- D1 and D2: seeds for the cohorts of a round that is too large for one ---
+
+
+@dataclass(frozen=True)
+class Draw:
+    """More sites are ready than share one sum: commit to a seed. Bare: the header says for which attempt."""
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """To this site's seed for this attempt (`draw.seed_commitment`, 32 bytes)."""
+
+    commitment: bytes
+
+
+@dataclass(frozen=True)
+class Commitments:
+    """Everybody's, by site name: who is in the draw."""
+
+    commitments: tuple[tuple[str, bytes], ...]
+
+    def __post_init__(self) -> None:
+        _require_ascending([site for site, _ in self.commitments], "the sites of the draw")
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What the site committed to, 32 bytes."""
+
+    seed: bytes
+
+
 # --- A0 RoundConfig ---
 
 
@@ -199,6 +233,17 @@ class RoundConfig:
     def x(self, site: str) -> int:
         """Where the site's Shamir shares are evaluated."""
         return self.cohort.index(site) + 1
+
+
+@dataclass(frozen=True)
+class DrawnConfig:
+    """A0 where cohorts are drawn: the configuration, and everybody's seed, from which its cohort follows."""
+
+    config: RoundConfig
+    seeds: tuple[tuple[str, bytes], ...]
+
+    def __post_init__(self) -> None:
+        _require_ascending([site for site, _ in self.seeds], "the sites of the draw")
 
 
 # --- A1 Advertise ---
@@ -307,8 +352,14 @@ class Unmask:
     shares: tuple[UnmaskShare, ...]
 
 
-ToSite = Propose | RunEnded | JournalHeads | Invite | RoundConfig | PeerKeys | PeerShares | Survivors | Agreement
-FromSite = Ready | Declined | JournalHeads | Advertise | ShareKeys | MaskedInput | Consistency | Unmask
+Opening = RoundConfig | DrawnConfig
+"""What A0 says; its bytes enter every key of the attempt."""
+
+BetweenRounds = Propose | RunEnded | JournalHeads | Invite
+ToSite = BetweenRounds | Draw | Commitments | Opening | PeerKeys | PeerShares | Survivors | Agreement
+FromSite = (
+    Ready | Declined | JournalHeads | Commitment | Seed | Advertise | ShareKeys | MaskedInput | Consistency | Unmask
+)
 Message = ToSite | FromSite
 
 

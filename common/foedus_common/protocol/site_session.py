@@ -20,6 +20,7 @@ from foedus_common.errors import FoedusError, LocalError, Reason, RemoteError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import primitives, shamir, wire
 from foedus_common.protocol.cores import in_parts
+from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import (
     Abort,
     Answered,
@@ -33,22 +34,25 @@ from foedus_common.protocol.effects import (
 )
 from foedus_common.protocol.masks import apply_masks
 from foedus_common.protocol.primitives import KeyPair, Parcel, Sign
+from foedus_common.protocol.site_draw import commit, require_drawn, reveal
 from foedus_common.protocol.site_stages import (
     Advertised,
     Agreed,
+    Committed,
     DealtShares,
     Failed,
     Finished,
     Lost,
     Masked,
     Outbox,
+    Revealed,
     Shared,
     SiteStage,
     SiteState,
+    Step,
     Waiting,
 )
 from foedus_common.protocol.thresholds import (
-    MAX_COHORT,
     PeerRule,
     Roster,
     Thresholds,
@@ -60,27 +64,18 @@ from foedus_common.randomness import RandomBytes
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What a transition gives: the next stage, the answer, what to keep before it is sent, what to erase after."""
-
-    stage: SiteStage
-    answer: m.FromSite
-    records: tuple[AttemptSeen | VectorMasked, ...] = ()
-    keep_answer: bool = False
-    erase: Erase | None = None
-
-
-@dataclass(frozen=True)
 class SiteSession:
     """The site's side of one attempt: what stays the same from step to step.
 
-    sign: by the site's identity key. roster: verified against the root. rule: site policy about peers.
+    sign: by the site's identity key. roster: verified against the root. rule: site policy about peers. size: of the
+    plan's rounds.
     """
 
     site: str
     sign: Sign
     roster: Roster
     rule: PeerRule
+    size: RoundSize
     outbox: Outbox
     vectors: VectorStore
     random: RandomBytes
@@ -108,7 +103,7 @@ class SiteSession:
             return self._fail(state.stage, envelope, error)
         return self._effects(step, envelope, request)
 
-    def _effects(self, step: _Step, envelope: wire.Envelope, request: bytes) -> tuple[SiteState, Effects]:
+    def _effects(self, step: Step, envelope: wire.Envelope, request: bytes) -> tuple[SiteState, Effects]:
         answer = self._reply(step.stage, envelope.header, step.answer)
         answered = Answered(
             envelope.header.attempt_id, envelope.header.sequence, hashlib.sha256(request).digest(), answer
@@ -149,24 +144,53 @@ def _require_attempt(stage: SiteStage, header: wire.Header) -> None:
 # --- A0 to A1: look at the round, answer with fresh keys ---
 
 
-def _advertise(session: SiteSession, _: Waiting, envelope: wire.Envelope) -> _Step:
-    config = _message(envelope, m.RoundConfig)
+def _commit(session: SiteSession, _: Waiting, envelope: wire.Envelope) -> Step:
+    _check_vector(session, envelope.header.attempt_id)
+    return commit(session, envelope.header)
+
+
+def _reveal(session: SiteSession, stage: Committed, envelope: wire.Envelope) -> Step:
+    return reveal(session, stage, envelope.header, _message(envelope, m.Commitments))
+
+
+def _advertise_drawn(session: SiteSession, stage: Revealed, envelope: wire.Envelope) -> Step:
+    drawn = _message(envelope, m.DrawnConfig)
+    require_drawn(session, stage, envelope.header, drawn)
+    _check_config(session, drawn.config, envelope.header)
+    return _with_fresh_keys(session, drawn.config, envelope)
+
+
+def _advertise(session: SiteSession, _: Waiting, envelope: wire.Envelope) -> Step:
+    config, size = _message(envelope, m.RoundConfig), session.size
+    _check_vector(session, config.attempt_id)
+    if not size.fewest <= len(config.cohort) <= min(size.most, size.largest_cohort):
+        raise RemoteError(
+            Reason.COHORT_SIZE,
+            f"a round of {len(config.cohort)} sites in one cohort is outside the plan's {size.fewest} to {size.most} "
+            f"sites, or above the {size.largest_cohort} that share a sum",
+        )
     _check_config(session, config, envelope.header)
+    step = _with_fresh_keys(session, config, envelope)
+    return replace(step, records=(AttemptSeen(config.attempt_id),))
+
+
+def _with_fresh_keys(session: SiteSession, config: m.RoundConfig, envelope: wire.Envelope) -> Step:
     stage = Advertised(
         config,
         wire.round_context(envelope.body),
+        envelope.header.sequence,
         share_keys=KeyPair.generate(session.random),
         mask_keys=KeyPair.generate(session.random),
         self_mask_seed=session.random(primitives.KEY_BYTES),
     )
-    return _Step(stage, stage.advertisement, records=(AttemptSeen(config.attempt_id),))
+    return Step(stage, stage.advertisement)
 
 
-def _check_config(session: SiteSession, config: m.RoundConfig, header: wire.Header) -> None:
-    """Everything a site can know about a round before it answers; the most telling reason first."""
-    outbox, terms, sites = session.outbox, session.outbox.terms, len(config.cohort)
-    if config.attempt_id in outbox.attempts_seen:
-        raise RemoteError(Reason.ROUND_REUSED, f"attempt {config.attempt} of this round was begun here before")
+def _check_vector(session: SiteSession, attempt: m.AttemptId) -> None:
+    """Whether this attempt may be begun with the vector that waits."""
+    outbox = session.outbox
+    if attempt in outbox.attempts_seen:
+        raise RemoteError(Reason.ROUND_REUSED, f"attempt {attempt.attempt} of this round was begun here before")
     if outbox.masked_in is not None:
         raise RemoteError(
             Reason.VECTOR_REUSED,
@@ -174,7 +198,12 @@ def _check_config(session: SiteSession, config: m.RoundConfig, header: wire.Head
         )
     if not outbox.charged:
         raise RemoteError(Reason.BUDGET, "the ledger holds no charge that covers a release of this vector")
-    if not terms.min_sites <= sites <= min(terms.max_sites, MAX_COHORT):
+
+
+def _check_config(session: SiteSession, config: m.RoundConfig, header: wire.Header) -> None:
+    """Everything a site can know about a round before it answers; the most telling reason first."""
+    terms, sites = session.outbox.terms, len(config.cohort)
+    if not terms.min_sites <= sites <= terms.max_sites:
         raise RemoteError(
             Reason.COHORT_SIZE,
             f"a cohort of {sites} is outside the plan's {terms.min_sites} to {terms.max_sites} sites",
@@ -234,7 +263,7 @@ def _check_set(session: SiteSession, sites: tuple[str, ...], stage: str, limits:
 # --- A2: check everybody's keys, share the own secrets ---
 
 
-def _share_keys(session: SiteSession, stage: Advertised, envelope: wire.Envelope) -> _Step:
+def _share_keys(session: SiteSession, stage: Advertised, envelope: wire.Envelope) -> Step:
     config, ctx, own = stage.config, stage.ctx, session.site
     advertisements = _check_keys(session, stage, _message(envelope, m.PeerKeys).envelopes)
     members = tuple(advertisements)
@@ -263,7 +292,7 @@ def _share_keys(session: SiteSession, stage: Advertised, envelope: wire.Envelope
         pair_keys[peer] = primitives.pair_mask_key(mask_secret, salt)
 
     self_mask_key = primitives.self_mask_key(stage.self_mask_seed, ctx)
-    return _Step(Shared(config, ctx, u1, self_mask_key, pair_keys, incoming, dealt[own]), m.ShareKeys(tuple(sealed)))
+    return Step(Shared(config, ctx, u1, self_mask_key, pair_keys, incoming, dealt[own]), m.ShareKeys(tuple(sealed)))
 
 
 def _check_keys(session: SiteSession, stage: Advertised, envelopes: tuple[bytes, ...]) -> dict[str, m.Advertise]:
@@ -277,7 +306,7 @@ def _check_keys(session: SiteSession, stage: Advertised, envelopes: tuple[bytes,
             raise RemoteError(Reason.UNKNOWN_SITE, f"{source} sent keys and is not in the cohort", (source,))
     _verify_each([partial(each.verify, session.roster.member(each.header.source).public_key) for each in parsed])
     for source, envelope in zip(sources, parsed, strict=True):
-        expected = wire.Header(*stage.config.attempt_id, stage.ctx, source, wire.COORDINATOR, sequence=0)
+        expected = wire.Header(*stage.config.attempt_id, stage.ctx, source, wire.COORDINATOR, stage.sequence)
         if envelope.header != expected:
             raise RemoteError(Reason.CONFIG_MISMATCH, f"the keys of {source} were made for another attempt", (source,))
     advertisements = {envelope.header.source: _message(envelope, m.Advertise) for envelope in parsed}
@@ -292,7 +321,7 @@ def _check_keys(session: SiteSession, stage: Advertised, envelopes: tuple[bytes,
 # --- A3: open what the others dealt, mask the vector ---
 
 
-def _mask(session: SiteSession, stage: Shared, envelope: wire.Envelope) -> _Step:
+def _mask(session: SiteSession, stage: Shared, envelope: wire.Envelope) -> Step:
     config, own = stage.config, session.site
     dealt = {own: stage.own_shares}
     for peer, sealed in _message(envelope, m.PeerShares).sealed:
@@ -315,7 +344,7 @@ def _mask(session: SiteSession, stage: Shared, envelope: wire.Envelope) -> _Step
         subtract=[stage.pair_mask_keys[peer] for peer in members if peer > own],
     )
     masked = session.vectors.store(words)
-    return _Step(
+    return Step(
         Masked(config, stage.ctx, stage.u1, masked, {site: dealt[site] for site in members}),
         m.MaskedInput(masked),
         records=(VectorMasked(config.attempt_id, session.outbox.vector, masked),),
@@ -327,7 +356,7 @@ def _mask(session: SiteSession, stage: Shared, envelope: wire.Envelope) -> _Step
 # --- A4: sign one survivor set ---
 
 
-def _agree(session: SiteSession, stage: Masked, envelope: wire.Envelope) -> _Step:
+def _agree(session: SiteSession, stage: Masked, envelope: wire.Envelope) -> Step:
     survivors = _message(envelope, m.Survivors).sites
     if session.site not in survivors:
         raise RemoteError(Reason.SURVIVORS_INVALID, "this site sent its masked input and is not among the survivors")
@@ -335,7 +364,7 @@ def _agree(session: SiteSession, stage: Masked, envelope: wire.Envelope) -> _Ste
         raise RemoteError(Reason.SURVIVORS_INVALID, f"{', '.join(sorted(strangers))} cannot have survived: not in U2")
     _check_set(session, survivors, "A4", stage.config.limits)
     signature = session.sign(wire.survivors_statement(stage.ctx, stage.u1, survivors))
-    return _Step(
+    return Step(
         Agreed(stage.config, stage.ctx, stage.u1, stage.masked, stage.dealt, survivors),
         m.Consistency(signature),
         keep_answer=True,
@@ -345,7 +374,7 @@ def _agree(session: SiteSession, stage: Masked, envelope: wire.Envelope) -> _Ste
 # --- A5: give one share per site, of the kind that the survivor set decides ---
 
 
-def _unmask(session: SiteSession, stage: Agreed, envelope: wire.Envelope) -> _Step:
+def _unmask(session: SiteSession, stage: Agreed, envelope: wire.Envelope) -> Step:
     signatures = _message(envelope, m.Agreement).signatures
     statement = wire.survivors_statement(stage.ctx, stage.u1, stage.survivors)
     for signer, _ in signatures:
@@ -365,15 +394,18 @@ def _unmask(session: SiteSession, stage: Agreed, envelope: wire.Envelope) -> _St
     shares = tuple(
         dealt.self_mask if site in stage.survivors else dealt.pair_key for site, dealt in stage.dealt.items()
     )
-    return _Step(Finished(), m.Unmask(shares), keep_answer=True, erase=Erase((stage.masked,)))
+    return Step(Finished(), m.Unmask(shares), keep_answer=True, erase=Erase((stage.masked,)))
 
 
 # --- The table of legal transitions ---
 
-_Transition = Callable[[SiteSession, Any, wire.Envelope], _Step]
+_Transition = Callable[[SiteSession, Any, wire.Envelope], Step]
 
 TRANSITIONS: Mapping[tuple[type[SiteStage], type[m.Message]], _Transition] = {
     (Waiting, m.RoundConfig): _advertise,
+    (Waiting, m.Draw): _commit,
+    (Committed, m.Commitments): _reveal,
+    (Revealed, m.DrawnConfig): _advertise_drawn,
     (Advertised, m.PeerKeys): _share_keys,
     (Shared, m.PeerShares): _mask,
     (Masked, m.Survivors): _agree,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from foedus_common.errors import FoedusError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import primitives
-from foedus_common.protocol.effects import Answered
+from foedus_common.protocol.effects import Answered, AttemptSeen, Erase, VectorMasked
 from foedus_common.protocol.primitives import KeyPair
 
 # --- What is durable at the site, as plain values ---
@@ -50,11 +50,28 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class Committed:
+    """The commitment to the own seed is out (D1)."""
+
+    attempt: m.AttemptId
+    seed: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """The own seed is out, for the draw of these commitments and no other (D2)."""
+
+    attempt: m.AttemptId
+    commitments: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
 class Advertised:
-    """Own keys are out (A1)."""
+    """Own keys are out (A1), as the answer to the request of this sequence."""
 
     config: m.RoundConfig
     ctx: bytes
+    sequence: int
     share_keys: KeyPair
     mask_keys: KeyPair
     self_mask_seed: bytes = field(repr=False)
@@ -117,7 +134,18 @@ class Failed:
     error: FoedusError
 
 
-SiteStage = Waiting | Advertised | Shared | Masked | Agreed | Finished | Lost | Failed
+SiteStage = Waiting | Committed | Revealed | Advertised | Shared | Masked | Agreed | Finished | Lost | Failed
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a transition gives: the next stage, the answer, what to keep before it is sent, what to erase after."""
+
+    stage: SiteStage
+    answer: m.FromSite
+    records: tuple[AttemptSeen | VectorMasked, ...] = ()
+    keep_answer: bool = False
+    erase: Erase | None = None
 
 
 @dataclass(frozen=True)

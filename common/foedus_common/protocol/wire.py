@@ -23,6 +23,7 @@ from typing import Any
 
 from foedus_common.canonical import digest, labelled
 from foedus_common.protocol import messages as m
+from foedus_common.protocol.draw import MAX_SITES
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.fields import (
     COUNT,
@@ -103,6 +104,7 @@ _TERMS = record(
     min_sites=INTEGER,
     colluding=INTEGER,
 )
+_BY_SITE = listed(pair(_SITE, _DIGEST), MAX_SITES)
 _CONFIG = record(
     m.RoundConfig,
     protocol_version=INTEGER,
@@ -153,6 +155,11 @@ _KINDS = (
     _kind(m.Consistency, 14, signature=_SIGNATURE),
     _kind(m.Agreement, 15, signatures=listed(pair(_SITE, _SIGNATURE), MAX_COHORT)),
     _kind(m.Unmask, 16, shares=listed(_SHARE, MAX_COHORT)),
+    _kind(m.Draw, 17),
+    _kind(m.Commitment, 18, commitment=_DIGEST),
+    _kind(m.Commitments, 19, commitments=_BY_SITE),
+    _kind(m.Seed, 20, seed=_DIGEST),
+    _kind(m.DrawnConfig, 21, config=_CONFIG, seeds=_BY_SITE),
 )
 _BY_CLASS = {kind.message: kind for kind in _KINDS}
 _BY_CODE = {kind.code: kind for kind in _KINDS}
@@ -246,14 +253,14 @@ def parse_terms(data: bytes) -> m.RoundTerms:
     return _TERMS.read(data)
 
 
-def config_bytes(config: m.RoundConfig) -> bytes:
+def opening_bytes(opening: m.Opening) -> bytes:
     """The canonical bytes of A0, which are also the body of its envelope."""
-    return _CONFIG.write(config)
+    return _BY_CLASS[type(opening)].body.write(opening)
 
 
-def round_context(config: bytes) -> bytes:
-    """ctx = H(enc("round", cfg)), 32 bytes, of the canonical bytes as built or received."""
-    return digest("round", config)
+def round_context(opening: bytes) -> bytes:
+    """ctx = H(enc("round", A0)), 32 bytes, of the canonical bytes as built or received."""
+    return digest("round", opening)
 
 
 def key_set_digest(advertisements: Mapping[str, m.Advertise]) -> bytes:

@@ -10,6 +10,7 @@ import typer
 from foedus_common.clock import SystemClock
 from foedus_common.errors import LocalError
 from foedus_common.plan import read_plan
+from foedus_common.protocol.draw import withstood
 from foedus_common.randomness import system_random
 from foedus_common.terminal import Json, console, print_facts, print_json, print_table
 from foedus_server.cli import watch
@@ -72,7 +73,12 @@ def plan_new(
 @plan_app.command("check")
 def plan_check(context: typer.Context, plan: PlanFile, as_json: Json = False) -> None:
     """Check a plan whole, as `run submit` does, and say what it means. No site is asked."""
-    facts = describe(operator(context).prepare(plan).agreed)
+    agreed = operator(context).prepare(plan).agreed
+    secure = agreed.plan.secure_aggregation
+    facts = describe(agreed) | {
+        "sites_in_a_sum": f"{secure.size.smallest_sum} to {secure.size.largest_sum}",
+        "colluders_withstood": withstood(secure.colluding, size=secure.size, rounds=agreed.plan.rounds),
+    }
     if as_json:
         return print_json(facts)
     facts |= {name: _short(facts[name]) for name in ("epsilon_local", "epsilon_central")}

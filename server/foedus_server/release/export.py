@@ -153,9 +153,9 @@ print([labels[best] for best in (features @ head["weight"].T + head["bias"]).arg
 
 def _privacy(agreed: AgreedPlan, facts: Facts) -> Mapping[str, str]:
     plan = agreed.plan
-    secure = plan.secure_aggregation
+    secure, size = plan.secure_aggregation, plan.secure_aggregation.size
     sums = (
-        f"on, {secure.field_bits}-bit fields; cohorts of {secure.min_sites} to {secure.max_sites} sites, "
+        f"on, {secure.field_bits}-bit fields; cohorts of {size.smallest_sum} to {size.largest_sum} sites, "
         f"{secure.colluding} of which may collude with the coordinator"
     )
     return {

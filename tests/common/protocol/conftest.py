@@ -16,6 +16,7 @@ from foedus_common.errors import LocalError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState
+from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.site_session import SiteSession
@@ -102,6 +103,7 @@ class Federation:
                 sign=self.keys[site].sign,
                 roster=self.roster,
                 rule=PeerRule(),
+                size=RoundSize(3, self.layout.max_sites),
                 outbox=Outbox(self.terms, ref, charged=True),
                 vectors=self.vectors,
                 random=self.random,
@@ -112,7 +114,7 @@ class Federation:
 
     @property
     def ctx(self) -> bytes:
-        return wire.round_context(wire.config_bytes(self.config))
+        return wire.round_context(wire.opening_bytes(self.coordinator.opening))
 
     def plain_sum(self, sites: Iterable[str]) -> np.ndarray:
         """What must open, exactly: the integers of these sites, summed, in units of each segment's step."""

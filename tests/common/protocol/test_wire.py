@@ -58,6 +58,7 @@ TERMS = st.builds(
     min_sites=NUMBERS,
     colluding=NUMBERS,
 )
+CONFIGS = st.builds(m.RoundConfig, NUMBERS, TERMS, NUMBERS, NUMBERS, sized(32), COHORTS, NUMBERS, NUMBERS)
 SHARES = st.builds(m.SelfMaskShare, sized(33)) | st.builds(m.PairKeyShare, sized(33))
 ENTRIES = st.integers(0, 2**63 - 1)
 MESSAGES: dict[type, st.SearchStrategy[Any]] = {
@@ -71,7 +72,12 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.Invite: st.builds(m.Invite, st.binary(min_size=1, max_size=50), sized(64), sized(32), REFS),
     m.Declined: st.builds(m.Declined),
     m.Ready: st.builds(m.Ready),
-    m.RoundConfig: st.builds(m.RoundConfig, NUMBERS, TERMS, NUMBERS, NUMBERS, sized(32), COHORTS, NUMBERS, NUMBERS),
+    m.Draw: st.builds(m.Draw),
+    m.Commitment: st.builds(m.Commitment, sized(32)),
+    m.Commitments: st.builds(m.Commitments, by_site(sized(32))),
+    m.Seed: st.builds(m.Seed, sized(32)),
+    m.RoundConfig: CONFIGS,
+    m.DrawnConfig: st.builds(m.DrawnConfig, CONFIGS, by_site(sized(32))),
     m.Advertise: st.builds(m.Advertise, sized(32), sized(32), sized(32)),
     m.PeerKeys: st.builds(m.PeerKeys, st.lists(st.binary(min_size=1, max_size=50), max_size=4).map(tuple)),
     m.ShareKeys: st.builds(m.ShareKeys, st.lists(sized(82), max_size=4).map(tuple)),
