@@ -301,9 +301,9 @@ def _losses(event: GaussianSteps, width: float) -> PrivacyLossDistribution:
 @lru_cache(maxsize=4)
 def _losses_of_step(noise_multiplier: float, sampling_rate: float, width: float) -> PrivacyLossDistribution:
     """Kept, for it takes longer than composing it, and a ledger asks for the same step again and again."""
-    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+    from foedus_common.privacy.loss import losses_of_step
 
-    return from_gaussian_mechanism(noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=width)
+    return losses_of_step(noise_multiplier, sampling_rate, width)
 
 
 @lru_cache(maxsize=256)
