@@ -10,15 +10,16 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from cheating import COHORT, HONEST, MOLE, MOLES, SECONDS, VICTIM, Attempt, Cheat
+from cheating import COHORT, HONEST, LARGEST_COHORT, MOLE, MOLES, SECONDS, VICTIM, Attempt, Cheat
 from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason
 from foedus_common.identity import SignedPlan, generate_key
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
+from foedus_common.protocol.draw import drawn_cohorts, seed_commitment
 from foedus_common.protocol.primitives import KeyPair, commitment
 from foedus_common.protocol.shamir import SHARE_BYTES
-from foedus_server.rounds import STAGE_TYPES
+from foedus_server.rounds import DRAW_TYPES, STAGE_TYPES
 from known_sites import plan_of
 from seeded import seeded
 
@@ -205,6 +206,163 @@ def peer_dropped_before_survivors(cheat: Cheat) -> str:
 
 def without_source(keys: m.PeerKeys, *sources: str) -> tuple[bytes, ...]:
     return tuple(e for e in keys.envelopes if wire.parse_envelope(e).header.source not in sources)
+
+
+# --- Draws ---
+
+
+class Draw:
+    """Everybody's seed for one attempt: the honest sites commit to theirs, the moles' are the coordinator's."""
+
+    def __init__(self, cheat: Cheat, attempt: int = 0, only: Iterable[str] = HONEST) -> None:
+        self.cheat, self.number = cheat, attempt
+        self.seeds = {mole: RANDOM(32) for mole in MOLES}
+        self.commitments = {mole: self._commitment(mole, seed) for mole, seed in self.seeds.items()}
+        for site in only:
+            answer = self.say(site, 0, m.Draw())
+            if isinstance(answer, m.Commitment):
+                self.commitments[site] = answer.commitment
+
+    def say(self, site: str, sequence: int, message: m.ToSite) -> m.FromSite:
+        header = replace(self.cheat.header(site, attempt=self.number), sequence=sequence)
+        stage = (*DRAW_TYPES, STAGE_TYPES[0])[sequence]
+        answer = self.cheat.exchange(site, wire.build_envelope(header, message), stage)
+        assert answer is not None
+        return wire.parse_envelope(answer).message
+
+    def show(self, site: str, **changes: bytes | None) -> None:
+        """The list of commitments with these changed, or left out."""
+        shown = {each: told for each, told in (self.commitments | changes).items() if told is not None}
+        answer = self.say(site, 1, m.Commitments(tuple(sorted(shown.items()))))
+        if isinstance(answer, m.Seed):
+            self.seeds[site] = answer.seed
+
+    def reveal(self) -> None:
+        for site in HONEST:
+            self.show(site)
+        assert set(self.seeds) == {*HONEST, *MOLES}
+
+    def open(self, site: str, cohort: Iterable[str], **changes: bytes | None) -> None:
+        """A0 with this cohort, and with the seeds changed or left out."""
+        told = {each: seed for each, seed in (self.seeds | changes).items() if seed is not None}
+        config = self.cheat.config(cohort, attempt=self.number)
+        self.say(site, 2, m.DrawnConfig(config, tuple(sorted(told.items()))))
+
+    def cohorts(self) -> tuple[tuple[str, ...], ...]:
+        plan, place = self.cheat.agreed.digest(), (self.cheat.run_id, 0, self.number)
+        return drawn_cohorts(plan, *place, self.seeds, LARGEST_COHORT)
+
+    def _commitment(self, site: str, seed: bytes) -> bytes:
+        return seed_commitment(self.cheat.run_id, 0, self.number, site, seed)
+
+
+@attack("more sites than share a sum, and no draw", Reason.COHORT_SIZE)
+def no_draw(cheat: Cheat) -> str:
+    config = cheat.config((*COHORT, "mole-2"))
+    cheat.attempt(config).ask(VICTIM, 0, config)
+    return VICTIM
+
+
+@attack("a draw without the victim's commitment", Reason.SEED_ALTERED)
+def commitment_withheld(cheat: Cheat) -> str:
+    Draw(cheat).show(VICTIM, **{VICTIM: None})
+    return VICTIM
+
+
+@attack("a draw in which the victim's commitment is the coordinator's", Reason.SEED_ALTERED)
+def commitment_replaced(cheat: Cheat) -> str:
+    Draw(cheat).show(VICTIM, **{VICTIM: RANDOM(32)})
+    return VICTIM
+
+
+@attack("a draw filled with sybils that the root never signed", Reason.UNKNOWN_SITE)
+def ghosts_in_a_draw(cheat: Cheat) -> str:
+    Draw(cheat).show(VICTIM, **{"ghost-1": RANDOM(32)})
+    return VICTIM
+
+
+@attack("a draw of so few that they are one cohort", Reason.COHORT_SIZE)
+def small_draw(cheat: Cheat) -> str:
+    Draw(cheat).show(VICTIM, bravo=None, charlie=None, delta=None)
+    return VICTIM
+
+
+@attack("a second list of commitments once the victim told its seed", Reason.SEQUENCE_REUSED)
+def second_list(cheat: Cheat) -> str:
+    draw = Draw(cheat)
+    draw.reveal()
+    draw.show(VICTIM, mole=RANDOM(32))
+    return VICTIM
+
+
+@attack("a colluder's seed changed after its commitment", Reason.SEED_ALTERED)
+def seed_changed(cheat: Cheat) -> str:
+    draw = Draw(cheat)
+    draw.reveal()
+    draw.seeds[MOLE] = RANDOM(32)
+    draw.open(VICTIM, next(cohort for cohort in draw.cohorts() if VICTIM in cohort))
+    return VICTIM
+
+
+@attack("a seed kept back, the draw goes on without it", Reason.SEED_ALTERED)
+def seed_kept_back(cheat: Cheat) -> str:
+    draw = Draw(cheat)
+    draw.reveal()
+    del draw.seeds[MOLE]
+    draw.open(VICTIM, next(cohort for cohort in draw.cohorts() if VICTIM in cohort))
+    return VICTIM
+
+
+@attack("two sites of different cohorts swapped", Reason.COHORT_NOT_DRAWN)
+def cohort_swapped(cheat: Cheat) -> str:
+    draw = Draw(cheat)
+    draw.reveal()
+    own, other = sorted(draw.cohorts(), key=lambda cohort: VICTIM not in cohort)
+    draw.open(VICTIM, (*without(own, next(site for site in own if site != VICTIM)), other[0]))
+    return VICTIM
+
+
+@attack("one site put into another cohort", Reason.COHORT_NOT_DRAWN)
+def put_elsewhere(cheat: Cheat) -> str:
+    draw = Draw(cheat)
+    draw.reveal()
+    draw.open(VICTIM, (*next(cohort for cohort in draw.cohorts() if VICTIM not in cohort), VICTIM))
+    return VICTIM
+
+
+@attack("a cohort smaller than the drawn one", Reason.COHORT_NOT_DRAWN)
+def cohort_cut(cheat: Cheat) -> str:
+    draw = Draw(cheat)
+    draw.reveal()
+    own = next(cohort for cohort in draw.cohorts() if VICTIM in cohort)
+    draw.open(VICTIM, without(own, next(site for site in own if site != VICTIM)))
+    return VICTIM
+
+
+@attack("two partitions of one draw shown to two sites", Reason.COHORT_NOT_DRAWN)
+def two_partitions(cheat: Cheat) -> str:
+    draw = Draw(cheat)
+    draw.reveal()
+    for site in ("bravo", VICTIM):
+        others = [each for cohort in draw.cohorts() for each in cohort if each != site]
+        draw.open(site, (site, *others[:2], others[-1]))  # of one cohort and of another
+    return VICTIM
+
+
+@attack("a ninth draw of one round, the first eight did not suit", Reason.DRAWS_EXHAUSTED)
+def ninth_draw(cheat: Cheat) -> str:
+    for attempt in range(8):
+        assert VICTIM in Draw(cheat, attempt, only=[VICTIM]).commitments
+    assert VICTIM not in Draw(cheat, 8, only=[VICTIM]).commitments
+    return VICTIM
+
+
+@attack("a draw that was left for another attempt is taken up again", Reason.SECRETS_LOST)
+def back_to_an_earlier_draw(cheat: Cheat) -> str:
+    first = Draw(cheat)
+    Draw(cheat, 1, only=[VICTIM])
+    first.show(VICTIM)
+    return VICTIM
 
 
 # --- Keys ---

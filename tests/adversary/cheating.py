@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +28,11 @@ from foedus_common.errors import Reason, RemoteError
 from foedus_common.identity import SignedPlan
 from foedus_common.link.contents import body_of
 from foedus_common.objects import ObjectRef, ObjectStore
-from foedus_common.plan import AgreedPlan, schedule
+from foedus_common.plan import AgreedPlan, SecureAggregation, schedule
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState
+from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send
 from foedus_common.protocol.site_session import SiteSession
 from foedus_common.protocol.site_stages import Outbox, SiteState
@@ -56,6 +58,8 @@ MOLES = (MOLE, "mole-2", "mole-3", "mole-4")
 POLICY = SitePolicy(max_epsilon_per_day=1e6, max_epsilon_lifetime=1e6, require_approval=False)
 COHORT = (*HONEST, MOLE)
 """n = 5 and c = 1: t = 4 and m_min = 3."""
+LARGEST_COHORT = 5
+"""What 128 is in a release: rounds of more sites are drawn here. Nothing that a coordinator can say changes it."""
 
 
 class Refusals(logging.Handler):
@@ -83,6 +87,8 @@ class Federation:
         """daemon: what a site is. policy: of every honest site; the victim names a peer besides.
         data: rows by site, for those that are not to have the usual ones."""
         port, enrolment = free_ports(2)
+        self._smaller = patch.object(SecureAggregation, "size", property(_small))
+        self._smaller.start()
         self.folder = folder
         self._daemon = daemon
         settings = Settings("Test", link=Link(port=port, enrolment_port=enrolment))
@@ -138,12 +144,17 @@ class Federation:
             site.stop()
         self.link.drain_and_stop(1.0)
         self.operator.close()
+        self._smaller.stop()
         logging.getLogger("foedus_client").removeHandler(self.refusals)
 
     def known(self, name: str, run_id: int, round_: int) -> NDArray[np.int64]:
         """What a site's newest vector of a round is, int64 (d,) steps: the secret."""
         steps: NDArray[np.int64] = np.load(self.folder / name / f"run-{run_id}-round-{round_}.npy")
         return steps
+
+
+def _small(plan: SecureAggregation) -> RoundSize:
+    return RoundSize(plan.min_sites, plan.max_sites, LARGEST_COHORT)
 
 
 class Cheat:
@@ -251,7 +262,7 @@ class Cheat:
         self.vectors[hashlib.sha256(data).digest()] = data
         return m.VectorRef(hashlib.sha256(data).digest(), len(data))
 
-    # --- One exchange of A0 to A5 ---
+    # --- One exchange of D1 to A5 ---
 
     def exchange(self, site: str, request: bytes, message_type: str) -> bytes | None:
         """Sends a stage's request; gives the answer's envelope and keeps what can be learnt from it."""

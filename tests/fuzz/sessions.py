@@ -18,11 +18,11 @@ from foedus_common.errors import FoedusError, Reason, RemoteError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState
-from foedus_common.protocol.draw import RoundSize
+from foedus_common.protocol.draw import RoundSize, seed_commitment
 from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.site_session import SiteSession
-from foedus_common.protocol.site_stages import Outbox, SiteState
+from foedus_common.protocol.site_stages import Committed, Outbox, SiteState
 from foedus_common.protocol.thresholds import Member, PeerRule, Roster
 from mutations import INTERESTING, raw
 from seeded import seeded
@@ -62,9 +62,10 @@ class Attempt:
         self._coordinator = CoordinatorSession(self.config, roster, self)
         self.requests: list[bytes] = []
         self.answers: list[bytes] = []
-        self._site_states: list[SiteState] = []
+        self._site_states: list[tuple[SiteSession, SiteState]] = []
         self._coordinator_states: list[CoordinatorState] = []
         self._play()
+        self._draw()
         self.envelopes = [*self.requests, *self.answers, *self._others()]
 
     def _play(self) -> None:
@@ -76,7 +77,7 @@ class Attempt:
                 site = effect.destination
                 if site == FUZZED:
                     self.requests.append(effect.envelope)
-                    self._site_states.append(states[site])
+                    self._site_states.append((self._sites[site], states[site]))
                 states[site], said = self._sites[site].step(states[site], effect.envelope)
                 answers += [Arrived(site, each.envelope) for each in said if isinstance(each, Send)]
             self.answers += [answer.envelope for answer in answers if answer.site == FUZZED]
@@ -88,6 +89,26 @@ class Attempt:
                 if not isinstance(state, Awaiting):
                     break
             effects = collected
+
+    def _draw(self) -> None:
+        """The fuzzed site's part in a draw, as if cohorts had two sites at most."""
+        session = dataclasses.replace(self._sites[FUZZED], size=RoundSize(3, 16, largest_cohort=2))
+        state = session.begin()
+        header = wire.Header(*self.config.attempt_id, self.config.terms.plan_digest, wire.COORDINATOR, FUZZED, 0)
+        told = {site: seed_commitment(*self.config.attempt_id, site, bytes(32)) for site in SITES}
+        for sequence in range(3):
+            if isinstance(state.stage, Committed):
+                told[FUZZED] = seed_commitment(*state.stage.attempt, FUZZED, state.stage.seed)
+            message = (
+                m.Draw(),
+                m.Commitments(tuple(told.items())),
+                m.DrawnConfig(self.config, tuple((site, bytes(32)) for site in SITES)),
+            )[sequence]
+            request = wire.build_envelope(dataclasses.replace(header, sequence=sequence), message)
+            self.requests.append(request)
+            self._site_states.append((session, state))
+            state, said = session.step(state, request)
+            self.answers += [each.envelope for each in said if isinstance(each, Send)]
 
     def _others(self) -> list[bytes]:
         reference = m.VectorRef(bytes(32), 80)
@@ -133,8 +154,8 @@ class Attempt:
     # --- What is done with a message, in one of the stages: neither ever raises ---
 
     def site_takes(self, request: bytes) -> None:
-        state = self._site_states[zlib.crc32(request) % len(self._site_states)]
-        self._sites[FUZZED].step(state, request)
+        session, state = self._site_states[zlib.crc32(request) % len(self._site_states)]
+        session.step(state, request)
 
     def coordinator_takes(self, answer: bytes) -> None:
         state = self._coordinator_states[zlib.crc32(answer) % len(self._coordinator_states)]
