@@ -19,6 +19,13 @@ CARRIES_DATA = frozenset({".safetensors", ".json", ".txt"})
 DOCUMENTS = frozenset({".md", ".rst"})
 """Read by people only: neither hashed nor loaded. So are names that begin with a dot, and licence texts."""
 
+DETOURS = {
+    "auto_map": "code of its own",
+    "transformers_weights": "weights from another file",
+    "quantization_config": "weights quantized beforehand, whose arithmetic may mix rows",
+}
+"""What no JSON file of a model may hold, and why."""
+
 MAX_FILES = 1000
 MAX_JSON_BYTES = 256 * 1024 * 1024
 
@@ -36,8 +43,9 @@ def manifest(folder: Path) -> tuple[ModelFile, ...]:
     """The files of a model folder that are loaded from it, sorted by path.
 
     Raises LocalError, naming the file, for: a symbolic link, a name that is not plain, a kind of file other than
-    safetensors, JSON and text (pickled weights and Python code among them), JSON that asks for code (`auto_map`) or for
-    another model (an adapter's configuration), and a folder without `config.json` or without safetensors.
+    safetensors, JSON and text (pickled weights and Python code among them), JSON that asks for code (`auto_map`,
+    attention from a repository) or for other weights (`DETOURS`, an adapter's configuration), and a folder without
+    `config.json` or without safetensors.
     """
     if not folder.is_dir():
         raise LocalError(f"{folder} is not a folder; give the folder that holds the model's config.json.")
@@ -107,5 +115,8 @@ def _refuse_code_and_detours(path: Path, name: str) -> None:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise LocalError(f"The model folder holds {name}, which is not valid JSON.") from None
-    if isinstance(content, dict) and "auto_map" in content:
-        raise LocalError(f"The model's {name} asks for code of its own (auto_map); only built-in models are run.")
+    for key, what in DETOURS.items():
+        if isinstance(content, dict) and key in content:
+            raise LocalError(f"The model's {name} asks for {what} ({key}); give a plain model's own folder.")
+    if "/" in str(isinstance(content, dict) and content.get("attn_implementation")):
+        raise LocalError(f"The model's {name} asks for code of its own (attn_implementation); remove that line.")

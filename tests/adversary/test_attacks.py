@@ -178,6 +178,13 @@ def test_a_plan_that_expects_no_colluder_would_open_to_one(tmp_path_factory: pyt
     federation.close()
 
 
+def test_an_organisation_with_as_many_sites_as_the_threshold_would_open_every_vector(cheat: Cheat) -> None:
+    """Four colluding sites of six, where the plan withstands one: the shares that they are dealt suffice."""
+    cheat.begin()
+    cheat.attempt(cheat.config((VICTIM, "bravo", *MOLES))).reach(3)
+    assert {site for site, _ in cheat.open().vectors} == {VICTIM, "bravo"}
+
+
 def test_sites_restored_without_their_marks_would_open_the_victim_s_vector(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

@@ -111,6 +111,15 @@ def test_rows_whose_label_the_plan_does_not_list_take_no_part(site: Site, labels
     assert len(trainer._local.rows) == (10 if "Eye" in labels else 0)
 
 
+def test_a_file_where_the_daemon_was_started_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m` looks for modules in the current folder first, which may be one that others write to."""
+    (tmp_path / "queue.py").write_text("import os; os._exit(3)")
+    monkeypatch.chdir(tmp_path)
+    child = trainer_process._start(1, None)
+    child.communicate()  # its parent's end is closed
+    assert child.returncode == 0
+
+
 class Harm:
     """Unpickled, it leaves a file."""
 

@@ -78,6 +78,9 @@ def test_links_are_refused(folder: Path, tmp_path: Path) -> None:
     [
         ("config.json", json.dumps({"auto_map": {"AutoModel": "modeling.Custom"}}), "auto_map"),
         ("tokenizer_config.json", json.dumps({"auto_map": {}}), "auto_map"),
+        ("config.json", json.dumps({"transformers_weights": "../other.safetensors"}), "another file"),
+        ("config.json", json.dumps({"quantization_config": {"load_in_8bit": True}}), "may mix rows"),
+        ("config.json", json.dumps({"attn_implementation": "someone/kernel"}), "attn_implementation"),
         ("adapter_config.json", "{}", "that is an adapter"),
         ("tokenizer.json", "{", "not valid JSON"),
     ],

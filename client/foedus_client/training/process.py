@@ -144,12 +144,13 @@ class TrainerProcess:
 
 
 def _start(threads: int, log: IO[bytes] | int | None) -> subprocess.Popen[bytes]:
-    """Exec, never a bare fork: forked children of a process with gRPC under way crash."""
+    """Exec, never a bare fork: forked children of a process with gRPC under way crash. -P: what lies in the folder in
+    which the daemon was started is no module."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return subprocess.Popen(
-        [sys.executable, "-m", "foedus_client.training.trainer"],
+        [sys.executable, "-P", "-m", "foedus_client.training.trainer"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
