@@ -38,6 +38,7 @@ from foedus_common.tables import parse, read_toml
 from foedus_common.terms import round_terms
 from foedus_server.config import Settings
 from foedus_server.release.evaluation import Example, OfClass, Score, parse_score
+from foedus_server.release.held_out import held_out_rows
 from foedus_server.store import parse_url
 from mutations import (
     PEM_WORDS,
@@ -251,6 +252,9 @@ def _of_models_and_data(workshop: Workshop) -> list[Target]:
     example, of_class = Example("one", "a", "a", 0.75), OfClass(4, 3)
     score = Score("round-1.safetensors", 4, 3, {"a": of_class}, (example,)).to_json().encode()
 
+    def held_out(path: Path) -> object:
+        return held_out_rows(path, "text", "label")
+
     def rows(path: Path) -> object:
         return read_rows(path, "text", "label")
 
@@ -260,6 +264,7 @@ def _of_models_and_data(workshop: Workshop) -> list[Target]:
         Target("a model's config.json", [config], [json_tree], model),
         Target("scores", [score], [json_tree, raw], lambda data: parse_score(_text(data))),
         Target("rows in CSV", [csv], [lines(*ROW_WORDS)], workshop.given("rows.csv", rows)),
+        Target("held-out rows", [csv], [lines(*ROW_WORDS)], workshop.given("held-out.csv", held_out)),
         Target("rows in JSONL", [jsonl], [lines(*ROW_WORDS), json_tree], workshop.given("rows.jsonl", rows)),
         *([Target("rows in Parquet", _parquet(), [raw], workshop.given("rows.parquet", rows))] if PYARROW else []),
     ]

@@ -13,8 +13,9 @@ from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan
 from foedus_common.tasks.encoder import encoder_spec
 from foedus_common.tasks.text_classification import TextClassifier
-from foedus_server.release.evaluate import HeldOut, held_out_rows, main
+from foedus_server.release.evaluate import HeldOut, main
 from foedus_server.release.evaluation import Score, evaluate, parse_score
+from foedus_server.release.held_out import held_out_rows
 from tiny_model import LABELS, rows, tiny_agreed, write_tiny_model
 
 ROWS = rows(30)
