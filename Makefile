@@ -31,7 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-NO_CLAIM := $(addprefix benchmarks/,costs.py gpu_check.py plots.py report.py resident.py rounds.py sites.py summary.py)
+NO_CLAIM := $(addprefix benchmarks/,costs.py epsilon_central.py gpu_check.py plots.py report.py resident.py rounds.py sites.py summary.py)
 
 # Every claim is a ratio or a limit measured in one run; results go to benchmarks/results.
 bench: $(READY)
@@ -75,6 +75,11 @@ stubs: $(READY)
 .PHONY: privacy-audit
 privacy-audit: $(READY)
 	@PYTHONPATH=tests $(BIN)/python -m privacy_audit $(AUDIT)
+
+# Both epsilons and the accuracy of one step a round and of several: about three minutes.
+.PHONY: epsilon-central
+epsilon-central: $(READY)
+	@$(BIN)/python benchmarks/epsilon_central.py
 
 clean:
 	rm -rf demo .cache

@@ -119,12 +119,14 @@ def pooled(trainers: Sequence[LocalTrainer], agreed: AgreedPlan, rows: Sequence[
 
 def in_one_place(agreed: AgreedPlan, sites: int) -> AgreedPlan:
     """The plan for one place that holds the rows of all `sites`: it divides by all their rows; the noise stays, so the
-    privacy does."""
+    privacy does. Nothing is summed there, so that no narrow field has to hold it."""
     divisor = agreed.plan.privacy.divisor
     if divisor is None:
         return agreed
     privacy = dataclasses.replace(agreed.plan.privacy, divisor=divisor * sites)
-    return dataclasses.replace(agreed, plan=dataclasses.replace(agreed.plan, privacy=privacy))
+    secure = dataclasses.replace(agreed.plan.secure_aggregation, field_bits=32)
+    plan = dataclasses.replace(agreed.plan, privacy=privacy, secure_aggregation=secure)
+    return dataclasses.replace(agreed, plan=plan)
 
 
 def head_only(plan: RunPlan) -> RunPlan:
