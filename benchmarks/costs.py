@@ -84,7 +84,7 @@ def cohort(sites: int) -> Cohort:
 
     all_stay, some_drop = rounds(0), rounds(drops_of(sites))
     return Cohort(
-        undisturbed([each.site for each in all_stay]),
+        undisturbed([site for each in all_stay for site in each.sites]),
         undisturbed([each.coordinator for each in all_stay]),
         undisturbed([each.coordinator for each in some_drop]),
     )
@@ -152,7 +152,10 @@ def comparison(cohorts: dict[int, Cohort], vectors: dict[int, Vector]) -> list[l
             site_seconds(cohorts[sites], vectors[1_000_000], sites),
             coordinator_seconds(cohorts[sites], vectors[1_000_000], sites, drops),
         )
-        found = (undisturbed([each.site for each in played]), undisturbed([each.coordinator for each in played]))
+        found = (
+            undisturbed([site for each in played for site in each.sites]),
+            undisturbed([each.coordinator for each in played]),
+        )
         for party, reckoned, measured in zip(("site", "coordinator"), expected, found, strict=True):
             rows.append([party, str(sites), str(drops), seconds(reckoned), seconds(measured)])
     return rows

@@ -46,9 +46,9 @@ class Stopwatch:
         self._paused += self._clock() - start
 
 
-def undisturbed(runs: Sequence[Stopwatch]) -> float:
-    """Seconds of a run whose every step went as fast as it did in the best of the runs."""
-    return sum(map(min, zip(*(run.laps for run in runs), strict=True)))
+def undisturbed(watches: Sequence[Stopwatch]) -> float:
+    """Seconds of a party whose every step went as fast as it did under the best of the watches."""
+    return sum(map(min, zip(*(watch.laps for watch in watches), strict=True)))
 
 
 class Memory:
@@ -139,9 +139,9 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Played:
-    """site, coordinator: what the first site's and the coordinator's steps took. sent: the first site's envelopes."""
+    """sites: what the steps of each site took that sent its vector. sent: the first site's envelopes."""
 
-    site: Stopwatch
+    sites: tuple[Stopwatch, ...]
     coordinator: Stopwatch
     sent: tuple[bytes, ...]
 
@@ -162,4 +162,5 @@ def play(updates: np.ndarray, drops: int = 0, clock: Callable[[], float] = time.
     assert isinstance(state, Opened), state
     expected = updates[: len(updates) - drops].sum(axis=0)
     np.testing.assert_allclose(state.total, expected, atol=len(updates) * CLIP / cohort.layout.half_range)
-    return Played(cohort.watches[cohort.names[0]], watch, tuple(sent))
+    survivors = (site for site in cohort.names if site not in cohort.silent)
+    return Played(tuple(cohort.watches[site] for site in survivors), watch, tuple(sent))

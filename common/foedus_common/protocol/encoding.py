@@ -36,8 +36,10 @@ from foedus_common.randomness import RandomBytes
 
 MIN_FIELD_BITS, MAX_FIELD_BITS = 8, 32
 MIN_SCALE, MAX_SCALE = 1e-100, 1e100
-_BLOCK = 128 * 1024
-_ZEROS = memoryview(bytes(4 * _BLOCK))
+_BLOCK = 64 * 1024
+_LONG_BLOCK = 256 * 1024
+"""Coordinates. The long ones are for threads, which wait for each other's turn with the interpreter at every call."""
+_ZEROS = memoryview(bytes(4 * _LONG_BLOCK))
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -103,7 +105,7 @@ class FieldLayout:
         def fill(first: int, last: int) -> None:
             """The fields of these words, plane by plane: no other part writes there."""
             words[first:last] = self._offsets
-            scratch = _Scratch(min(last - first, _BLOCK))
+            scratch = _Scratch(min(last - first, _LONG_BLOCK))
             for plane in range(self._fields_per_word):
                 field = plane * self.words - 1
                 for part, steps in self._rounded(vector, key, max(field + first, 0), field + last, scratch):
@@ -123,7 +125,7 @@ class FieldLayout:
         """
         self._require_shape(vector)
         integers = np.empty(self.dimension, dtype=np.int64)
-        for part, steps in self._rounded(vector, random(32), 0, self.dimension, _Scratch(min(self.dimension, _BLOCK))):
+        for part, steps in self._rounded(vector, random(32), 0, self.dimension, _Scratch(_BLOCK)):
             integers[part] = steps
         return integers
 
@@ -163,7 +165,7 @@ class FieldLayout:
         coins = Cipher(AES256(key), CTR((start // 4).to_bytes(16, "big"))).encryptor()
         coins.update(bytes(4 * (start % 4)))  # a block of AES has four coins
         keystream, coin, steps = scratch.keystream, scratch.coin, scratch.steps
-        for part, scale in self._blocks(start, stop):
+        for part, scale in self._blocks(start, stop, len(scratch.steps)):
             values = vector[part]
             count = len(values)
             if not (float(values.max()) <= scale and float(values.min()) >= -scale):  # false for NaN too
@@ -264,13 +266,13 @@ class FieldLayout:
             yield plane, slice(word, word + run), slice(taken, taken + run)
             taken += run
 
-    def _blocks(self, start: int, stop: int) -> Iterator[tuple[slice, float]]:
-        """Slices of coordinates start..stop that lie within one segment and fit the cache, each with its scale."""
+    def _blocks(self, start: int, stop: int, longest: int = _BLOCK) -> Iterator[tuple[slice, float]]:
+        """Slices of coordinates start..stop that lie within one segment, each with its scale."""
         end = 0
         for length, scale in self.segments:
             begin, end = end, end + length
-            for low in range(max(begin, start), min(end, stop), _BLOCK):
-                yield slice(low, min(low + _BLOCK, end, stop)), scale
+            for low in range(max(begin, start), min(end, stop), longest):
+                yield slice(low, min(low + longest, end, stop)), scale
 
 
 class _Scratch:

@@ -22,7 +22,7 @@ from foedus_common.protocol.cores import in_parts
 Words = npt.NDArray[np.uint64]
 """A vector as it is masked and sent: shape (words,), little-endian uint64."""
 
-BLOCK_BYTES = 128 * 1024
+BLOCK_BYTES = 512 * 1024
 _WORD_BYTES = 8
 _ZEROS = memoryview(bytes(BLOCK_BYTES))
 
