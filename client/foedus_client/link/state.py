@@ -20,6 +20,9 @@ from cryptography.exceptions import InvalidSignature
 from foedus_common.clock import APART_SECONDS, Clock, apart, iso, span
 from foedus_common.link.transport import CLOCK_KEY, proxy_for
 
+MOST_SAID = 400
+"""Characters."""
+
 _LOOK_SECONDS = 5.0
 _CLOCK = re.compile(r"[0-9]{1,11}\.[0-9]{3}", re.ASCII)
 
@@ -61,7 +64,7 @@ def explain(error: grpc.RpcError, address: str, proxy: str, authority: bytes, cl
 
     address, proxy: "host:port", the latter "" for none of our own. authority: PEM of whom the coordinator has to show.
     """
-    details = error.details() or ""
+    details = said(error)
     if error.code() in _SAID_BY_COORDINATOR:
         return LinkState.REFUSED, details
     between = proxy_for(address, proxy, os.environ)
@@ -72,6 +75,13 @@ def explain(error: grpc.RpcError, address: str, proxy: str, authority: bytes, cl
         if mark in details:
             return state, f"The coordinator at {route} {meaning}."
     return LinkState.AWAY, f"The coordinator at {route} cannot be reached ({error.code().name.lower()})."
+
+
+def said(error: grpc.RpcError) -> str:
+    """What the other end says of a failed call, as one line: it moves no cursor of a terminal, and begins no line of a
+    log that seems to be ours."""
+    details = (error.details() or "")[:MOST_SAID]
+    return "".join(character if character.isprintable() else "?" for character in details)
 
 
 def clocks_apart(

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import grpc
 import grpc.aio
 
+from foedus_client.link.state import said
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
@@ -92,7 +93,7 @@ class Transfers:
                 return await attempt(moved)
             except grpc.aio.AioRpcError as error:
                 if error.code() in _FINAL or loop.time() - last_moved > self._patience:
-                    raise LocalError(f"The coordinator would not move an object: {error.details()}") from None
+                    raise LocalError(f"The coordinator would not move an object: {said(error)}") from None
             except TimeoutError:
                 if loop.time() - last_moved > self._patience:
                     raise LocalError("The coordinator stopped moving an object.") from None
