@@ -14,6 +14,7 @@ import torch
 
 from foedus_common.adapters import Tensors
 from foedus_common.plan import AgreedPlan, RoundPlan
+from foedus_common.ranges import noise_grid
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_server.prepare import first_adapter
@@ -31,7 +32,7 @@ from foedus_simulations.alone import (
 )
 from foedus_simulations.corpora import Row
 from seeded import seeded
-from tiny_model import rows, tiny_plan, without_dp, write_tiny_model
+from tiny_model import rows, tiny_agreed, tiny_plan, without_dp, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,17 @@ def test_one_place_divides_by_all_rows_and_keeps_the_noise(agreed: AgreedPlan) -
     gathered = in_one_place(agreed, 3)
     assert gathered.plan.privacy == dataclasses.replace(agreed.plan.privacy, divisor=30)
     assert gathered.noise_multipliers == agreed.noise_multipliers
-    assert in_one_place(agreed, 1) == agreed
+    assert in_one_place(agreed, 1).plan.privacy == agreed.plan.privacy
+
+
+def test_one_place_draws_the_noise_of_one_step_whatever_the_sites_fields_hold(model: Path) -> None:
+    """Three times the divisor would leave too coarse a grid in fields that just hold the plan's own."""
+    plan = tiny_agreed(model, phase__0__steps=1, privacy__divisor=2500)
+    narrow = dataclasses.replace(plan, noise_multipliers=(0.7, 0.7))
+    wider = dataclasses.replace(plan.plan.privacy, divisor=7500)
+    assert noise_grid(narrow, 0).drawable
+    assert not noise_grid(dataclasses.replace(narrow, plan=dataclasses.replace(plan.plan, privacy=wider)), 0).drawable
+    assert noise_grid(in_one_place(narrow, 3), 0).drawable
 
 
 def test_without_privacy_one_place_changes_nothing(model: Path, classifier: TextClassifier) -> None:
