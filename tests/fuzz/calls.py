@@ -148,7 +148,7 @@ class Coordinator:
     def take_uploads(self, data: bytes) -> None:
         """Questions and uploads in turn. Whatever they were, what lies there whole has its hash for a name."""
         try:
-            for asked, call in zip(*[iter(_parts(data)[:6])] * 2, strict=False):
+            for asked, call in zip(*[iter(_parts(data)[:4])] * 2, strict=False):
                 frames = [pb.PushPart.FromString(part) for part in _parts(call)]
                 self._run(self._service.Stat(pb.Object.FromString(asked), Context()))  # type: ignore[arg-type]
                 try:

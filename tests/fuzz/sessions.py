@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import zlib
-from collections import defaultdict
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -17,12 +16,13 @@ from foedus_common.canonical import labelled
 from foedus_common.errors import FoedusError, Reason, RemoteError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
-from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState
-from foedus_common.protocol.draw import RoundSize, seed_commitment
+from foedus_common.protocol.coordinator_draw import Drawn, DrawSession
+from foedus_common.protocol.coordinator_session import CoordinatorSession, OpenStage
+from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.site_session import SiteSession
-from foedus_common.protocol.site_stages import Committed, Outbox, SiteState
+from foedus_common.protocol.site_stages import Outbox, SiteState
 from foedus_common.protocol.thresholds import Member, PeerRule, Roster
 from mutations import INTERESTING, raw
 from seeded import seeded
@@ -46,7 +46,7 @@ class Attempt:
             *(11, 2, 0, random(32), random(32), random(32), "trainer 1", layout, m.Noise("record", 1.0, 0.8), 3, 1)
         )
         self.config = m.RoundConfig(m.PROTOCOL_VERSION, terms, 0, 7, roster.digest, SITES, 3, 3)
-        self._sites = {
+        sites = {
             site: SiteSession(
                 site=site,
                 sign=keys[site].sign,
@@ -59,56 +59,50 @@ class Attempt:
             )
             for site in SITES
         }
-        self._coordinator = CoordinatorSession(self.config, roster, self)
         self.requests: list[bytes] = []
         self.answers: list[bytes] = []
         self._site_states: list[tuple[SiteSession, SiteState]] = []
-        self._coordinator_states: list[CoordinatorState] = []
-        self._play()
-        self._draw()
+        self._coordinator_states: list[tuple[CoordinatorSession | DrawSession, Any]] = []
+        self._play(CoordinatorSession(self.config, roster, self), sites)
+        self._draw(roster, sites)
         self.envelopes = [*self.requests, *self.answers, *self._others()]
 
-    def _play(self) -> None:
-        states = defaultdict[str, SiteState](lambda: next(iter(self._sites.values())).begin())
-        state, effects = self._coordinator.begin()
-        while isinstance(state, Awaiting):
+    def _play(
+        self, coordinator: CoordinatorSession | DrawSession, sites: dict[str, SiteSession]
+    ) -> tuple[object, dict[str, SiteState]]:
+        """From the first request to the last answer; gives the states at the end."""
+        states = {site: session.begin() for site, session in sites.items()}
+        state: Any
+        state, effects = coordinator.begin()
+        while isinstance(state, OpenStage):
             answers: list[Arrived] = []
             for effect in [effect for effect in effects if isinstance(effect, Send)]:
                 site = effect.destination
                 if site == FUZZED:
                     self.requests.append(effect.envelope)
-                    self._site_states.append((self._sites[site], states[site]))
-                states[site], said = self._sites[site].step(states[site], effect.envelope)
+                    self._site_states.append((sites[site], states[site]))
+                states[site], said = sites[site].step(states[site], effect.envelope)
                 answers += [Arrived(site, each.envelope) for each in said if isinstance(each, Send)]
             self.answers += [answer.envelope for answer in answers if answer.site == FUZZED]
-            self._coordinator_states.append(state)
+            self._coordinator_states.append((coordinator, state))
             collected: Effects = ()
             for event in (*answers, Deadline(state.sequence)):
-                state, more = self._coordinator.step(state, event)
+                state, more = coordinator.step(state, event)
                 collected += more
-                if not isinstance(state, Awaiting):
+                if not isinstance(state, OpenStage):
                     break
             effects = collected
+        return state, states
 
-    def _draw(self) -> None:
-        """The fuzzed site's part in a draw, as if cohorts had two sites at most."""
-        session = dataclasses.replace(self._sites[FUZZED], size=RoundSize(3, 16, largest_cohort=2))
-        state = session.begin()
-        header = wire.Header(*self.config.attempt_id, self.config.terms.plan_digest, wire.COORDINATOR, FUZZED, 0)
-        told = {site: seed_commitment(*self.config.attempt_id, site, bytes(32)) for site in SITES}
-        for sequence in range(3):
-            if isinstance(state.stage, Committed):
-                told[FUZZED] = seed_commitment(*state.stage.attempt, FUZZED, state.stage.seed)
-            message = (
-                m.Draw(),
-                m.Commitments(tuple(told.items())),
-                m.DrawnConfig(self.config, tuple((site, bytes(32)) for site in SITES)),
-            )[sequence]
-            request = wire.build_envelope(dataclasses.replace(header, sequence=sequence), message)
-            self.requests.append(request)
-            self._site_states.append((session, state))
-            state, said = session.step(state, request)
-            self.answers += [each.envelope for each in said if isinstance(each, Send)]
+    def _draw(self, roster: Roster, sites: dict[str, SiteSession]) -> None:
+        """A draw as if cohorts had two sites at most, and what the fuzzed site is shown of its end."""
+        size = RoundSize(3, 16, largest_cohort=2)
+        drawing = {site: dataclasses.replace(session, size=size) for site, session in sites.items()}
+        drawn, states = self._play(DrawSession(self.config.terms, 0, SITES, size, roster), drawing)
+        assert isinstance(drawn, Drawn)
+        header = wire.Header(*self.config.attempt_id, self.config.terms.plan_digest, wire.COORDINATOR, FUZZED, 2)
+        self.requests.append(wire.build_envelope(header, m.DrawnConfig(self.config, drawn.seeds)))
+        self._site_states.append((drawing[FUZZED], states[FUZZED]))
 
     def _others(self) -> list[bytes]:
         reference = m.VectorRef(bytes(32), 80)
@@ -158,8 +152,8 @@ class Attempt:
         session.step(state, request)
 
     def coordinator_takes(self, answer: bytes) -> None:
-        state = self._coordinator_states[zlib.crc32(answer) % len(self._coordinator_states)]
-        self._coordinator.step(state, Arrived(FUZZED, answer))
+        session, state = self._coordinator_states[zlib.crc32(answer) % len(self._coordinator_states)]
+        session.step(state, Arrived(FUZZED, answer))
 
     # --- Vectors ---
 

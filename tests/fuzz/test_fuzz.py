@@ -10,6 +10,7 @@ import math
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -19,6 +20,8 @@ from foedus_client.link.state import coordinators_clock
 from foedus_common.canonical import enc
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CLOCK_KEY
+from foedus_common.protocol import messages as m
+from foedus_common.protocol import wire
 from fuzz import fuzz
 from targets import by_name
 from workshop import Target, Workshop
@@ -34,6 +37,11 @@ TARGETS = by_name(_WORKSHOP)
 def test_good_inputs_are_accepted(name: str) -> None:
     for data in TARGETS[name].good:
         TARGETS[name].run(data)
+
+
+def test_every_kind_of_message_is_a_good_input() -> None:
+    kinds = {type(wire.parse_envelope(data).message) for data in TARGETS["messages"].good}
+    assert kinds == set(get_args(m.ToSite)) | set(get_args(m.FromSite))
 
 
 @pytest.mark.parametrize("name", TARGETS)
