@@ -40,13 +40,15 @@ class SiteSettings(Computing):
 
     coordinator, enrolment: "host:port" of its two ports; "" for those in the token. proxy: "http://host:port" through
     which both are reached; "" for what the environment's https_proxy and no_proxy say. authorities: a PEM file of those
-    that, besides the federation's own, may vouch for the coordinator.
+    that, besides the federation's own, may vouch for the coordinator. max_storage_gb: of adapters and vectors, in 10^9
+    bytes; above it nothing is downloaded.
     """
 
     coordinator: str = ""
     enrolment: str = ""
     proxy: str = field(default="", repr=False)  # it may hold a password
     authorities: str = ""
+    max_storage_gb: float = 16.0
     policy: SitePolicy = field(default_factory=SitePolicy)
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class SiteSettings(Computing):
             check_address(address)
         if self.proxy:
             check_proxy(self.proxy)
+        if not 0 < self.max_storage_gb < 1e9:
+            raise LocalError("max_storage_gb must be above 0.")
 
     def to_toml(self) -> str:
         """The file that `foedus-site join` writes. A JSON text is a TOML text too."""
@@ -71,6 +75,7 @@ class SiteSettings(Computing):
             f"tokens_per_batch = {self.tokens_per_batch}  # 0: 2048 on a CPU, on a GPU as many as fit\n"
             f"threads = {self.threads}  # 0: as many as there are cores\n"
             f"niceness = {self.niceness}  # 0 to 19: how far training stands back for other programs\n"
+            f"max_storage_gb = {self.max_storage_gb}  # of adapters and vectors; above it nothing is downloaded\n"
             "\n"
             "[policy]  # a plan above any of these is refused\n"
             f"max_epsilon_per_run = {policy.max_epsilon_per_run}\n"

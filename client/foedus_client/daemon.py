@@ -22,19 +22,22 @@ from foedus_client.ledger.ledger import Ledger
 from foedus_client.link.renewal import Renewal
 from foedus_client.link.site_link import LinkState, SiteLink, enrol
 from foedus_client.round import Site, SiteRounds
+from foedus_client.storage import sweep
 from foedus_client.training.computing import Computing
 from foedus_client.training.process import TrainerProcess, TrainerSettings
-from foedus_common.clock import Clock
+from foedus_common.clock import Clock, SystemClock
 from foedus_common.errors import LocalError
 from foedus_common.link.contents import context_of
 from foedus_common.model_folder import verify
 from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan
 from foedus_common.randomness import RandomBytes
+from foedus_common.sparing_log import Sparing
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
+GB = 10**9
 SUM_SECONDS = 60.0
 """How long a pause waits for the coordinator to go on with a sum that this site is part of."""
 
@@ -50,7 +53,8 @@ class Daemon:
         self._store.check_high_water()
         note_standing(self._store, membership, home.settings.policy)
         self.condition = Condition(home.path, clock)
-        objects = ObjectStore(home.objects)
+        objects = ObjectStore(home.objects, limit=int(home.settings.max_storage_gb * GB))
+        sweep(objects, self._store, clock)
         self._link = SiteLink(
             site=membership.name,
             address=home.settings.coordinator or membership.token.link_address,
@@ -176,3 +180,5 @@ def _rest(daemon: Daemon, stopping: threading.Event) -> None:
 def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", force=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Sparing(SystemClock()))

@@ -25,12 +25,14 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from foedus_client import storage
 from foedus_client.approval import POLICY, Approval
 from foedus_client.audit import notary, note_roster, sign_end
 from foedus_client.ledger.accounts import Commitment
 from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
+from foedus_common.allowance import Allowance
 from foedus_common.clock import Clock
 from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason, RemoteError
 from foedus_common.identity import MAX_ROSTER_BYTES, SIGNATURE_BYTES, Roster, SignedPlan
@@ -63,6 +65,11 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
 SUMMING = (Committed, Revealed, Advertised, Shared, Masked, Agreed)
+
+PROPOSALS, HEADS = (64, 900.0), (1024, 60.0)
+"""So many plans, and heads of the coordinator's journal, at once, and then one for so many seconds."""
+MAX_ATTEMPTS = 64
+"""Attempts at the sum of one vector that a site begins."""
 
 
 class Trainer(Protocol):
@@ -117,6 +124,10 @@ class SiteRounds:
         self._sessions: dict[int, tuple[m.AttemptId, SiteSession, SiteState]] = {}
         self._trainers: dict[int, Trainer] = {}
         self._training: set[int] = set()
+        self._arriving: dict[int, ObjectRef] = {}
+        self._reading_roster = threading.Lock()
+        self._proposals = Allowance(site.clock, *PROPOSALS)
+        self._heads = Allowance(site.clock, *HEADS)
         self._refusals = Refusals(site.store.log, site.clock)
 
     # --- A plan arrives ---
@@ -140,17 +151,19 @@ class SiteRounds:
         shown = ObjectRef(proposal.roster.digest.hex(), proposal.roster.size)
         if shown.size > SIGNATURE_BYTES + MAX_ROSTER_BYTES:
             raise RemoteError(Reason.BAD_MESSAGE, f"a roster of {shown.size} bytes is announced, which is too long")
-        signed_roster = site.courier.fetch(header.run_id, shown).read_bytes()
-        try:
-            roster = site.member.accept_roster(signed_roster, site.clock.now())
-        except RemoteError:
+        with self._reading_roster:
+            signed_roster = site.courier.fetch(header.run_id, shown).read_bytes()
             site.objects.delete(shown)
-            raise
+            roster = site.member.accept_roster(signed_roster, site.clock.now())
         note_roster(site.store, roster)
         agreed = SignedPlan(proposal.plan, proposal.plan_signature).verify(roster.plan_key)
         if (agreed.run_id, agreed.digest()) != (header.run_id, header.binding):
             raise RemoteError(Reason.CONFIG_MISMATCH, "the proposal's envelope names another plan than it carries")
         Commitment.of(agreed)  # refuses noise that cannot be drawn before anybody is shown the plan
+        storage.let_lapse(site.store, site.clock)
+        known = site.store.plan(agreed.digest())
+        if (known is None or known.state == "stopped") and not self._proposals.take():
+            raise RemoteError(Reason.QUOTA, "plans are proposed faster than anybody could decide on them")
         site.store.put_plan(agreed.digest(), agreed.run_id, proposal.plan, proposal.plan_signature)
         return agreed
 
@@ -205,9 +218,9 @@ class SiteRounds:
         agreed, round_plan, adapter = self._check_invitation(envelope)
         terms = round_terms(agreed, round_plan, adapter)
         waiting = site.store.outbox(header.run_id, header.round)
-        if waiting and waiting.masked_in is None and waiting.terms == terms:
+        if waiting and waiting.masked_in is None and waiting.terms == terms and self._lies_here(waiting.vector):
             return  # made before and never masked: the stored vector serves
-        path = site.courier.fetch(header.run_id, adapter)
+        path = self._fetch(header.run_id, adapter)
         try:
             trainer = self._trainer(agreed)
             trainer.open()  # a missing device or too little memory for the model costs no charge
@@ -241,6 +254,18 @@ class SiteRounds:
         if header.round == 0 and adapter.sha256 != agreed.first_adapter_sha256:
             raise RemoteError(Reason.CONFIG_MISMATCH, "the first round does not start from the plan's first adapter")
         return agreed, rounds[header.round], adapter
+
+    def _fetch(self, run_id: int, adapter: ObjectRef) -> Path:
+        """The adapter; a download that is cut is gone on with by the next try, unless that is for another adapter."""
+        if (earlier := self._arriving.pop(run_id, adapter)) != adapter:
+            self._site.objects.delete(earlier)
+        self._arriving[run_id] = adapter
+        path = self._site.courier.fetch(run_id, adapter)
+        del self._arriving[run_id]
+        return path
+
+    def _lies_here(self, vector: m.VectorRef) -> bool:
+        return self._site.objects.has(ObjectRef(vector.digest.hex(), vector.size))
 
     def _trainer(self, agreed: AgreedPlan) -> Trainer:
         if agreed.run_id not in self._trainers:
@@ -306,6 +331,8 @@ class SiteRounds:
         )
         if attempt in outbox.attempts_seen:
             return session, session.after_restart(site.store.answered(attempt))
+        if len(outbox.attempts_seen) >= MAX_ATTEMPTS:
+            raise RemoteError(Reason.QUOTA, f"{MAX_ATTEMPTS} attempts at this round were begun here already")
         return session, session.begin()
 
     def _push_what_it_names(self, run_id: int, answer: bytes) -> None:
@@ -323,6 +350,8 @@ class SiteRounds:
         try:
             if not isinstance(envelope.message, m.JournalHeads) or site.store.plan(header.binding) is None:
                 raise RemoteError(Reason.WRONG_STAGE, "heads of journals are shown in runs that are known here")
+            if not self._heads.take():
+                raise RemoteError(Reason.QUOTA, "heads of the journal are shown faster than rounds end")
             coordinator_key = site.member.roster(site.clock.now()).plan_key
             ours = notary(site.store, site.member)
             with site.store.transaction("heads of journals"):
@@ -349,11 +378,14 @@ class SiteRounds:
             end = envelope.message.end
             site.ledger.close_run(header.run_id)
             site.store.decide_plan(stored.digest, "finished" if end == m.End.FINISHED else "stopped", by="coordinator")
+            storage.forget_run(site.objects, site.store, site.clock, header.run_id)
             logger.info("run %d: %s", header.run_id, end)
         return self._answer(header, m.Ready())
 
     def _let_go(self, run_id: int) -> None:
         self._sessions.pop(run_id, None)
+        if adapter := self._arriving.pop(run_id, None):
+            self._site.objects.delete(adapter)
         if trainer := self._trainers.pop(run_id, None):
             trainer.stop()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from foedus_common.allowance import Allowance
 from foedus_common.canonical import canonical_json, digest
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
@@ -21,6 +22,8 @@ from foedus_common.errors import LocalError
 REFUSALS_APART = 60.0
 """Seconds."""
 REFUSALS_KEPT = 256
+REFUSALS_AT_ONCE, REFUSALS_THEN = 120, 60.0
+"""Entries, of whatever kind, and then one for so many seconds."""
 
 GENESIS = bytes(32)
 """The head before the first entry."""
@@ -99,13 +102,16 @@ def verify(entries: Iterable[Entry], checkpoints: Iterable[Checkpoint] = (), log
 
 
 class Refusals:
-    """Enters what was refused: what repeats itself within a minute is entered once, and then counted. Others can knock
-    as often as they like, and the journal must not grow with it."""
+    """Enters what was refused: what repeats itself within a minute is entered once, and then counted; and of all kinds
+    together so many and then no more than one a minute, the others being counted as `refusals.omitted`. Others can
+    knock as often as they like, and the journal must not grow with it."""
 
     def __init__(self, log: Callable[..., None], clock: Clock) -> None:
         self._log = log
         self._clock = clock
         self._lock = threading.Lock()
+        self._entries = Allowance(clock, REFUSALS_AT_ONCE, REFUSALS_THEN)
+        self._omitted = 0
         self._seen: OrderedDict[tuple[Any, ...], tuple[float, int]] = OrderedDict()
 
     def note(self, event: str, **details: Any) -> None:
@@ -113,11 +119,20 @@ class Refusals:
         with self._lock:
             entered_at, since = self._seen.pop(kind, (float("-inf"), 0))
             if self._clock.monotonic() - entered_at >= REFUSALS_APART:
-                self._log(event, **details, count=since + 1)
+                self._enter(event, **details, count=since + 1)
                 entered_at, since = self._clock.monotonic(), -1
             self._seen[kind] = (entered_at, since + 1)
             if len(self._seen) > REFUSALS_KEPT:
                 self._seen.popitem(last=False)
+
+    def _enter(self, event: str, **details: Any) -> None:
+        if not self._entries.take():
+            self._omitted += 1
+            return
+        if self._omitted:
+            self._log("refusals.omitted", count=self._omitted)
+            self._omitted = 0
+        self._log(event, **details)
 
 
 def _head(number: int, before: bytes, body: bytes) -> bytes:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import BinaryIO
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.private_files import make_rename_durable, private_folder
 
+SPARE_BYTES = 256 << 20
+"""What an object that arrives leaves free on the disk, for a ledger or a database beside it."""
 _READ_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -44,11 +47,14 @@ class ObjectRef:
 class ObjectStore:
     """Objects as files of mode 0600 in a folder of mode 0700. Safe to use from several threads of one process.
 
+    limit: bytes that the store may hold, whole and announced, before it receives no more; None for no limit.
+
     Raises:
         LocalError: the folder cannot be made, or others can look into it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
+        self._limit = limit
         self._folder = private_folder(folder)
         self._partial = private_folder(folder / "partial")
         self._arriving: set[ObjectRef] = set()
@@ -112,15 +118,27 @@ class ObjectStore:
         sizes |= {path.name: path.stat().st_size for path in self._folder.iterdir() if path.is_file()}
         return sum((sizes | {ref.sha256: ref.size}).values())
 
+    def sweep(self, keep: Collection[str], before: float) -> None:
+        """Delete every object but those named in `keep`, by SHA-256, and what arrived in part and has not grown since
+        `before` (Unix seconds). For when nobody stores or receives."""
+        for path in self._folder.iterdir():
+            if path.is_file() and path.name not in keep:
+                path.unlink()
+        for path in self._partial.iterdir():
+            if "-" not in path.name or path.stat().st_mtime < before:  # without: a `put` that was cut
+                path.unlink()
+
     def receive(self, ref: ObjectRef) -> Partial:
         """Take the object in, from where the last try ended; use it as a context.
 
         Raises:
-            LocalError: another thread is receiving the same object.
+            LocalError: another thread is receiving the same object, or the disk is almost full.
+            RemoteError: QUOTA when the store would hold more than its limit.
         """
         with self._lock:
             if ref in self._arriving:
                 raise LocalError(f"Object {ref.sha256[:12]} is already arriving over another connection.")
+            self._require_room(ref)
             self._partial_path(ref).touch(mode=0o600)
             self._arriving.add(ref)
         return Partial(self, ref, self._partial_path(ref))
@@ -129,6 +147,14 @@ class ObjectStore:
         """End of one `receive`, finished or not; `Partial` calls it."""
         with self._lock:
             self._arriving.discard(ref)
+
+    def _require_room(self, ref: ObjectRef) -> None:
+        if self._limit is not None and self.claimed_bytes(ref) > self._limit:
+            raise RemoteError(
+                Reason.QUOTA, f"an object of {ref.size} bytes is above what is left of the limit of {self._limit}."
+            )
+        if shutil.disk_usage(self._folder).free < ref.size - self.received(ref) + SPARE_BYTES:
+            raise LocalError(f"An object of {ref.size} bytes finds too little room; make some where the home is.")
 
     def _partial_path(self, ref: ObjectRef) -> Path:
         return self._partial / f"{ref.sha256}-{ref.size}"

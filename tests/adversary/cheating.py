@@ -23,6 +23,7 @@ from foedus_client.config import SiteHome, SiteSettings
 from foedus_client.daemon import Daemon
 from foedus_client.policy import SitePolicy
 from foedus_common.adapters import save_adapter
+from foedus_common.allowance import Allowance
 from foedus_common.clock import SystemClock
 from foedus_common.errors import Reason, RemoteError
 from foedus_common.identity import SignedPlan
@@ -128,6 +129,7 @@ class Federation:
         """Raises LocalError where a site would not start."""
         self.sites[name] = self._daemon(SiteHome.open(self.folder / name), self.folder / "state", CLOCK, os.urandom)
         self.sites[name]._store.check_high_water()
+        self.sites[name]._rounds._proposals = Allowance(CLOCK, 10_000, 1.0)  # many attacks in a minute
         self.sites[name].start()
         until(lambda: name in self.link.connected(), SECONDS, f"{name} to connect")
 
@@ -323,6 +325,10 @@ class Cheat:
         return None if known is None else known[2].stage
 
     def close(self) -> None:
+        """Sites keep few plans open, so each attack ends its run."""
+        ended = m.RunEnded(m.End.FAILED)
+        for site in set(HONEST) & set(self.federation.link.connected()):
+            self.send(site, "query.end", wire.build_envelope(self.header(site), ended))
         self.grid.close()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,27 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from foedus_client import round as site_round
 from foedus_client.approval import Approval
 from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
-from foedus_client.round import Site, SiteRounds
+from foedus_client.round import MAX_ATTEMPTS, ObjectVectors, Site, SiteRounds
+from foedus_client.storage import DAY, sweep
 from foedus_client.store import SiteStore
 from foedus_common.adapters import save_adapter
 from foedus_common.canonical import digest, labelled, sha256_hex
 from foedus_common.checkpoints import statement
 from foedus_common.clock import ManualClock
-from foedus_common.errors import Reason
+from foedus_common.errors import LocalError, Reason
 from foedus_common.identity import MAX_ROSTER_BYTES, SignedRoster, generate_key
 from foedus_common.journal import Checkpoint, next_entry
 from foedus_common.objects import ObjectRef, ObjectStore
-from foedus_common.plan import MAX_PLAN_BYTES, AgreedPlan, RoundPlan
+from foedus_common.plan import MAX_PLAN_BYTES, AgreedPlan, RoundPlan, schedule
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
+from foedus_common.protocol.effects import AttemptSeen, VectorMasked
+from foedus_common.terms import round_terms
+from foedus_server.audit import notary
 from known_sites import FIRST, SPEC, join_site, plan_of, submit
 from operators import Operator
 from seeded import seeded
@@ -148,10 +153,23 @@ class World:
     def end(self, how: m.End) -> None:
         assert self._ask(self.rounds.end, self.agreed.digest(), m.RunEnded(how)) == m.Ready()
 
+    def propose_run(self, run_id: int) -> m.FromSite:
+        """Another run of the same plan."""
+        agreed = replace(self.agreed, run_id=run_id)
+        plan = agreed.canonical()
+        signature = self.operator.home.plan_key().sign(labelled("signed-plan", plan))
+        message = m.Propose(plan, signature, self.coordinator.offer(self.roster))
+        return self._ask(self.rounds.propose, agreed.digest(), message, run_id=run_id)
+
     def _ask(
-        self, stage: Callable[[bytes], bytes], binding: bytes, message: m.ToSite, round_index: int = 0
+        self,
+        stage: Callable[[bytes], bytes],
+        binding: bytes,
+        message: m.ToSite,
+        round_index: int = 0,
+        run_id: int = RUN,
     ) -> m.FromSite:
-        header = wire.Header(RUN, round_index, 0, binding, wire.COORDINATOR, "north", sequence=0)
+        header = wire.Header(run_id, round_index, 0, binding, wire.COORDINATOR, "north", sequence=0)
         answer = wire.parse_envelope(stage(wire.build_envelope(header, message)))
         return answer.message  # type: ignore[return-value]
 
@@ -346,3 +364,122 @@ def test_the_right_plan_and_invitation_are_not_declined(world: World) -> None:
     world.approve()
     with pytest.raises(AssertionError, match="about to be opened"):
         world.invite()
+
+
+# --- What a coordinator may make a site keep ---
+
+
+def test_of_downloads_that_are_cut_a_run_keeps_one_and_none_when_it_is_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(run_id: int, ref: ObjectRef) -> Path:
+        with world.objects.receive(ref) as partial:
+            partial.append(b"x" * 100)
+        raise LocalError("The coordinator stopped moving an object.")
+
+    world.approve()
+    kept = world.kept()
+    monkeypatch.setattr(world.coordinator, "fetch", cut)
+    for attempt in range(5):
+        assert world.invite(1, adapter=world.coordinator.offer(bytes([attempt]) * 1000)) == m.Declined()
+        assert len(world.kept() - kept) == 1
+    world.end(m.End.STOPPED)
+    assert world.kept() == kept
+
+
+def test_a_run_that_is_over_leaves_no_adapter_and_no_vector(world: World) -> None:
+    agreed = world.approve()
+    rounds = schedule(agreed.plan)
+    ref = ObjectRef(world.coordinator.offer(save_adapter(FIRST, SPEC)).digest.hex(), len(save_adapter(FIRST, SPEC)))
+    adapter = world.coordinator.fetch(RUN, ref)
+    vectors = ObjectVectors(world.objects)
+    for index in range(2):
+        terms = round_terms(agreed, rounds[index], ref)
+        vector = vectors.store(np.full(terms.layout.words, index, np.uint64))
+        world.ledger.release(world.ledger.reserve_round(RUN, index), terms, vector)
+    masked = vectors.store(np.full(3, 7, np.uint64))
+    world.store.persist([VectorMasked(m.AttemptId(RUN, 1, 0), vector, masked)])
+    sweep(world.objects, world.store, world.clock)
+    assert len(world.kept()) == 3  # adapter, the vector of round 1, the masked one of round 2: a run may need them
+    world.clock.advance(40 * DAY)
+    sweep(world.objects, world.store, world.clock)
+    assert len(world.kept()) == 3
+    world.end(m.End.FINISHED)
+    assert (world.kept(), adapter.exists()) == (set(), False)
+
+
+def test_what_a_stopped_run_left_is_kept_for_a_month(world: World) -> None:
+    agreed = world.approve()
+    ref = world.objects.put(save_adapter(FIRST, SPEC))
+    terms = round_terms(agreed, schedule(agreed.plan)[0], ref)
+    vector = ObjectVectors(world.objects).store(np.zeros(terms.layout.words, np.uint64))
+    world.ledger.release(world.ledger.reserve_round(RUN, 0), terms, vector)
+    world.end(m.End.STOPPED)
+    for days, left in ((29, 2), (2, 0)):
+        world.clock.advance(days * DAY)
+        sweep(world.objects, world.store, world.clock)
+        assert len(world.kept()) == left
+
+
+def test_plans_are_declined_when_they_come_faster_than_anybody_decides(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flood(numbers: Iterable[int]) -> int:
+        for number in numbers:
+            world.propose_run(number)
+        return len(world.store.plans())
+
+    with caplog.at_level(logging.WARNING):
+        assert flood(range(100, 200)) == 64
+        assert "QUOTA: plans are proposed faster" in caplog.text
+        assert flood(range(100, 200)) == 64  # what is known costs nothing
+        world.clock.advance(900)
+        assert flood(range(200, 210)) == 65
+    refused = [entry.event for entry in world.store.journal_entries() if entry.event["event"] == "plan.refused"]
+    assert {"QUOTA", "PolicyRefusal"} == {event["reason"] for event in refused}
+
+
+def test_plans_on_which_nobody_decided_lapse_and_may_come_again(world: World) -> None:
+    world.site.stopping.set()  # nobody waits for the person here
+    world.rounds = SiteRounds(replace(world.site, policy=SitePolicy(require_approval=True)))
+    hours = world.agreed.plan.run.approval_hours
+    world.propose()
+    world.clock.advance(2 * hours * 3600 + 1)
+    world.propose_run(8)
+    assert [plan.state for plan in world.store.plans()] == ["stopped", "pending"]
+    world.propose()
+    assert [plan.state for plan in world.store.plans()] == ["pending", "pending"]
+
+
+def test_attempts_at_one_sum_are_counted(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    agreed = world.approve()
+    terms = round_terms(agreed, schedule(agreed.plan)[0], world.objects.put(b"adapter"))
+    vector = ObjectVectors(world.objects).store(np.zeros(terms.layout.words, np.uint64))
+    world.ledger.release(world.ledger.reserve_round(RUN, 0), terms, vector)
+    world.store.persist([AttemptSeen(m.AttemptId(RUN, 0, number)) for number in range(MAX_ATTEMPTS - 1)])
+    for number, named in ((MAX_ATTEMPTS - 1, "WRONG_STAGE"), (MAX_ATTEMPTS, "QUOTA")):
+        caplog.clear()
+        header = wire.Header(RUN, 0, number, agreed.digest(), wire.COORDINATOR, "north", sequence=0)
+        with caplog.at_level(logging.WARNING):
+            answer = world.rounds.step(wire.build_envelope(header, m.PeerKeys(())))
+        assert wire.parse_envelope(answer).message == m.Declined()
+        assert named in caplog.text
+        world.store.persist([AttemptSeen(m.AttemptId(RUN, 0, number))])
+
+
+def test_heads_of_the_journal_are_not_taken_without_end(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(site_round, "HEADS", (3, 60.0))
+    world.rounds = SiteRounds(world.site)
+    world.approve()
+    coordinator = notary(world.operator.home, world.operator.store)
+    answers = []
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            world.operator.store.database.record("test")
+            shown = coordinator.show("north", coordinator.sign_end())
+            answers.append(type(world._ask(world.rounds.journal, world.agreed.digest(), shown)))
+    assert answers == [m.JournalHeads] * 3 + [m.Declined] * 2
+    assert len(world.store.heads(wire.COORDINATOR)) == 3
+    assert "QUOTA: heads of the journal" in caplog.text

@@ -58,6 +58,7 @@ def test_settings_read_back_as_they_were_written(tmp_path: Path) -> None:
         enrolment="[::1]:8444",
         proxy="http://ada:secret@proxy:3128",
         authorities="ca.pem",
+        max_storage_gb=0.5,
         device="cuda:1",
         dtype="bfloat16",
         base_weights="4bit",
@@ -95,6 +96,7 @@ def test_making_a_home_again_keeps_what_people_wrote(tmp_path: Path) -> None:
         ("gradient_checkpointing = 1\n", "must be true or false"),
         ("threads = -1\n", "threads"),
         ("niceness = 20\n", "niceness"),
+        ("max_storage_gb = 0.0\n", "must be above 0"),
         ("device = ", "not valid TOML"),
     ],
 )

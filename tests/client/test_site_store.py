@@ -18,8 +18,9 @@ import pytest
 
 from answers import answered
 from foedus_client.store import Dataset, SiteStore
+from foedus_client.store.plans import MAX_ENDED, MAX_OPEN
 from foedus_common.clock import ManualClock
-from foedus_common.errors import LocalError
+from foedus_common.errors import LocalError, RemoteError
 from foedus_common.journal import START, next_entry
 from foedus_common.objects import ObjectRef
 from foedus_common.plan import schedule
@@ -263,3 +264,36 @@ def test_a_step_s_records_are_written_all_or_none(store: SiteStore) -> None:
     with pytest.raises(LocalError, match="no Arrived"):
         store.persist([AttemptSeen(ATTEMPT), Arrived("a", b"")])
     store.persist([AttemptSeen(ATTEMPT)])
+
+
+def test_open_plans_are_few_and_of_those_that_ended_the_oldest_are_forgotten(store: SiteStore) -> None:
+    def put(number: int) -> bytes:
+        return store.put_plan(number.to_bytes(32), number, b"plan", bytes(64)).digest
+
+    waiting = [put(number) for number in range(MAX_OPEN)]
+    with pytest.raises(RemoteError, match=f"QUOTA: {MAX_OPEN} plans are open here"):
+        put(1000)
+    store.decide_plan(waiting[0], "stopped", "coordinator")
+    put(1000)
+    with pytest.raises(RemoteError, match="QUOTA"):
+        store.decide_plan(waiting[0], "pending", "coordinator")
+    for number in range(2000, 2000 + MAX_ENDED):
+        store.decide_plan((1000 if number == 2000 else number - 1).to_bytes(32), "declined", "policy")
+        put(number)
+    assert store.plan(waiting[0]) is None
+    assert len(store.plans()) == MAX_OPEN + MAX_ENDED
+    assert sum(entry.event["event"] == "plan.received" for entry in store.journal_entries()) == MAX_OPEN + MAX_ENDED + 1
+
+
+def test_answers_are_kept_while_their_run_may_go_on(store: SiteStore) -> None:
+    store.put_plan(bytes(32), 7, b"plan", bytes(64))
+    store.decide_plan(bytes(32), "approved", "ada")
+    store.persist([AttemptSeen(ATTEMPT), answered(ATTEMPT, 3, Consistency(bytes(64)))])
+    store.decide_plan(bytes(32), "stopped", "coordinator")
+    assert store.answered(ATTEMPT) is not None
+    store.decide_plan(bytes(32), "pending", "coordinator")
+    store.decide_plan(bytes(32), "approved", "ada")
+    store.decide_plan(bytes(32), "finished", "coordinator")
+    assert store.answered(ATTEMPT) is None
+    with pytest.raises(LocalError, match="contradicts"):
+        store.persist([AttemptSeen(ATTEMPT)])  # that it was begun is never forgotten

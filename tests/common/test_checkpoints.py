@@ -283,3 +283,16 @@ def test_what_repeats_itself_is_entered_once_a_minute_and_counted() -> None:
     refusals.note("round.refused", reason="BAD_MESSAGE")
     told = [(entry.event["reason"], entry.event["count"]) for entry in book.entries]
     assert told == [("BAD_MESSAGE", 1), ("WRONG_STAGE", 1), ("BAD_MESSAGE", 5)]
+
+
+def test_of_all_refusals_together_so_many_are_entered_and_the_others_counted() -> None:
+    book, clock = Book(), ManualClock()
+    refusals = Refusals(book.log, clock)
+    for number in range(1000):
+        refusals.note("round.refused", attempt=number)
+    assert len(book.entries) == 120
+    clock.advance(60)
+    refusals.note("round.refused", attempt=1000)
+    refusals.note("round.refused", attempt=1001)
+    omitted, entered = book.entries[120:]
+    assert (omitted.event["event"], omitted.event["count"], entered.event["attempt"]) == ("refusals.omitted", 880, 1000)

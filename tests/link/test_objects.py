@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from foedus_common.errors import LocalError, RemoteError
-from foedus_common.objects import ObjectRef, ObjectStore
+from foedus_common.objects import SPARE_BYTES, ObjectRef, ObjectStore
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
 
@@ -124,3 +127,45 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert store.read(small) == b"small"
     assert store.read(store.put(data)) == data
+
+
+def test_above_its_limit_a_store_receives_nothing(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path, limit=150)
+    arriving = ref_of(b"x" * 100)
+    with store.receive(arriving) as partial:
+        partial.append(b"x")
+    with pytest.raises(RemoteError, match="QUOTA: an object of 51 bytes"):
+        store.receive(ref_of(b"y" * 51))
+    with store.receive(ref_of(b"y" * 50)):
+        pass
+    store.delete(arriving)
+    with store.receive(ref_of(b"z" * 100)):
+        pass
+
+
+def test_what_arrives_leaves_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, ref = ObjectStore(tmp_path), ref_of(b"x" * 100)
+    free = SPARE_BYTES + 99
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(LocalError, match="too little room"):
+        store.receive(ref)
+    free += 1
+    with store.receive(ref) as partial:
+        partial.append(b"x" * 60)
+    free -= 60
+    with store.receive(ref) as partial:
+        assert partial.resume() == 60
+
+
+def test_a_sweep_leaves_what_is_named_and_what_has_just_arrived(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path)
+    wanted, other = store.put(b"wanted"), store.put(b"other")
+    partial, old = ref_of(b"p" * 10), ref_of(b"o" * 10)
+    for arriving in (partial, old):
+        with store.receive(arriving) as file:
+            file.append(b"x")
+    os.utime(tmp_path / "partial" / f"{old.sha256}-10", (1000, 1000))
+    (tmp_path / "partial" / "tmpcut").touch()
+    store.sweep({wanted.sha256}, before=2000.0)
+    assert [store.has(wanted), store.has(other)] == [True, False]
+    assert [path.name for path in (tmp_path / "partial").iterdir()] == [f"{partial.sha256}-10"]

@@ -17,10 +17,12 @@ from foedus_client.approval import Approval
 from foedus_client.cli.administrator import CLOCK, Administrator
 from foedus_client.cli.audit import site_to_read
 from foedus_client.ledger.chart import chart
+from foedus_client.storage import forget_run
 from foedus_client.store import StoredPlan
 from foedus_common.certificates import DAY
 from foedus_common.clock import iso
 from foedus_common.errors import LocalError
+from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
 from foedus_common.privacy import accounting
 from foedus_common.privacy.statement import about_epsilons
@@ -148,6 +150,8 @@ def withdraw(
     """Leave an approved plan for good: no further round is trained, and budget that was never released returns."""
     sentence = "This site has withdrawn from {}; what it released stays spent."
     _refuse(context, plan, as_json, Approval.withdraw, "withdrawn", sentence)
+    acting = Administrator(context.obj)
+    forget_run(ObjectStore(acting.home.objects), acting.store, CLOCK, acting.plan(plan)[0].run_id)
 
 
 def _refuse(

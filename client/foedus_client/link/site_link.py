@@ -13,6 +13,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 _KEPT_REPLIES = 64
 _MAX_AT_WORK = 64
+_MAX_UNREAD = 256
+"""Replies that the coordinator has not taken; one that asks on and does not read loses its stream."""
 _ENROL_SECONDS = 30.0
 _MACHINES_CLOCK = SystemClock()
 _ADMISSION_SECONDS = 10.0
@@ -97,7 +100,7 @@ class SiteLink:
         self._transfers: Transfers | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._replies: OrderedDict[str, pb.Reply] = OrderedDict()
-        self._outgoing: asyncio.Queue[pb.Reply] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[pb.Reply] = asyncio.Queue(_MAX_UNREAD)
 
     def start(self, app: ClientApp, context_for: Callable[[int], Context]) -> None:
         """Connect, and keep coming back until `stop`. `context_for(run_id)` gives the app its Flower context.
@@ -206,7 +209,7 @@ class SiteLink:
                     self._greeting += f" {amiss}"
             await call.write(pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
             # Replies for an earlier stream are not lost: the coordinator asks again, and they are kept.
-            self._outgoing = asyncio.Queue()
+            self._outgoing = asyncio.Queue(_MAX_UNREAD)
             speaking = asyncio.create_task(self._speak(call))
             try:
                 await self._listen(call)
@@ -259,7 +262,8 @@ class SiteLink:
             self._replies[request.id] = reply
             if len(self._replies) > _KEPT_REPLIES:
                 self._replies.popitem(last=False)
-        self._outgoing.put_nowait(reply)
+        with suppress(asyncio.QueueFull):  # the stream ends with the next request; this one is asked again after it
+            self._outgoing.put_nowait(reply)
 
     async def _in_thread(self, function: Callable[[pb.Request], pb.Reply], request: pb.Request) -> pb.Reply:
         """Like `asyncio.to_thread`, without its limit on threads and without keeping the process from ending.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from foedus_client.store.entries import Entries
+from foedus_client.store.schema import OVER
 from foedus_common.errors import LocalError
 from foedus_common.protocol.effects import Answered, AttemptSeen, Record, VectorMasked
 from foedus_common.protocol.messages import AttemptId, Consistency, Message, RoundTerms, Unmask, VectorRef
@@ -50,6 +51,23 @@ class Vectors(Entries):
             masked_in=None if masked_in is None else AttemptId(run_id, round_index, masked_in),
             attempts_seen=frozenset(AttemptId(run_id, round_index, other["attempt"]) for other in seen),
         )
+
+    def vectors_of(self, run_id: int) -> set[str]:
+        """Names of all objects that the run's vectors ever were, masked or not, in hexadecimal digits."""
+        rows = self._all("SELECT vector_sha256, masked_sha256 FROM outbox WHERE run_id = ?", run_id)
+        return {sha256.hex() for row in rows for sha256 in row if sha256 is not None}
+
+    def vectors_awaited(self, since: float) -> set[str]:
+        """Names of those that may still be asked for: not masked yet, or masked and not acknowledged; of runs that are
+        neither over nor were stopped before `since` (Unix seconds)."""
+        rows = self._all(
+            "SELECT coalesce(masked_sha256, vector_sha256) AS sha256 FROM outbox JOIN plans USING (run_id)"
+            f" WHERE NOT acknowledged AND state NOT IN ({', '.join('?' * len(OVER))})"
+            " AND NOT (state = 'stopped' AND decided_at < ?)",
+            *sorted(OVER),
+            since,
+        )
+        return {row["sha256"].hex() for row in rows}
 
     def acknowledge(self, charge: int) -> None:
         """The coordinator has what this vector was for; `Ledger.commit` calls it."""
