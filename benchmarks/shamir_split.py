@@ -17,7 +17,7 @@ from foedus_common.protocol.thresholds import thresholds
 from report import report
 
 SITES, COLLUDING, GOAL = 100, 20, 1000
-OURS, FLOWERS = 50, 2
+OURS, FLOWERS = 500, 5
 """Repeats."""
 
 

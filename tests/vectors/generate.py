@@ -217,7 +217,7 @@ def masks() -> dict:
         end = [(a + b) % 2**64 for a, b in zip(end, counter_words(key, count), strict=True)]
     for key in minus:
         end = [(a - b) % 2**64 for a, b in zip(end, counter_words(key, count), strict=True)]
-    long = 40_000  # crosses the implementation's blocks, whatever their size
+    long = 200_000  # crosses the implementation's blocks, whatever their size
     far = hashlib.sha256(struct.pack(f"<{long}Q", *counter_words(plus[0], long))).hexdigest()
     return {
         "add": [key.hex() for key in plus],

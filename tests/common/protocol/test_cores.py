@@ -53,8 +53,8 @@ def test_what_a_run_raises_is_raised_when_all_have_ended(failing: int) -> None:
 
 
 def test_vectors_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long enough for three parts that end in the middle of a block, of a segment and of a group of coins."""
-    layout = FieldLayout(21, 16, ((250_001, 1.0), (400_003, 7.0), (2, 0.5)))
+    """Several blocks, and three parts that end in the middle of a block, of a segment and of a group of coins."""
+    layout = FieldLayout(21, 16, ((250_001, 1.0), (900_003, 7.0), (2, 0.5)))
     vector = np.random.default_rng(0).uniform(-0.5, 0.5, layout.dimension)
     keys = [bytes([number]) * 32 for number in range(5)]
 
