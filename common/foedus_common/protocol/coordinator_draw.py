@@ -17,9 +17,9 @@ from typing import cast
 from foedus_common.errors import FoedusError, Reason, RemoteError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
-from foedus_common.protocol.coordinator_session import Event, Failed, OpenStage, answer_to, take_in
+from foedus_common.protocol.coordinator_session import Event, Failed, OpenStage, answer_to, send_each, take_in
 from foedus_common.protocol.draw import RoundSize, drawn_cohorts, seed_commitment
-from foedus_common.protocol.effects import Abort, Arrived, Effects, Send
+from foedus_common.protocol.effects import Abort, Arrived, Effects
 from foedus_common.protocol.thresholds import Roster
 
 
@@ -103,10 +103,8 @@ class DrawSession:
         return Drawn(cohorts, tuple(sorted(state.told.items())))
 
     def _ask(self, state: Drawing, request: m.ToSite) -> tuple[Drawing, Effects]:
-        return state, tuple(
-            Send(site, wire.build_envelope(self._header(site, state.sequence), request))
-            for site in sorted(state.waiting)
-        )
+        requests = dict.fromkeys(sorted(state.waiting), request)
+        return state, send_each(requests, lambda site: self._header(site, state.sequence))
 
     def _header(self, site: str, sequence: int) -> wire.Header:
         return wire.Header(*self.attempt_id, self.terms.plan_digest, wire.COORDINATOR, site, sequence)

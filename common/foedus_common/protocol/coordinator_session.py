@@ -112,7 +112,7 @@ class CoordinatorSession:
 
     @cached_property
     def ctx(self) -> bytes:
-        return wire.round_context(wire.opening_bytes(self.opening))
+        return wire.round_context(wire.body_bytes(self.opening))
 
     def header(self, site: str, stage: int) -> wire.Header:
         """Of the request that opens a stage, counted from 0; a draw has used up the first sequences."""
@@ -148,6 +148,16 @@ class CoordinatorSession:
         except FoedusError as error:
             return Failed(error), (*effects, Abort(error))
         return following, (*effects, *requests)
+
+
+def send_each(requests: Mapping[str, m.ToSite], header: Callable[[str], wire.Header]) -> Effects:
+    """A request to each site. One that is the same for all is written once: it may list them all."""
+    distinct = {id(request): request for request in requests.values()}
+    written = {key: wire.body_bytes(request) for key, request in distinct.items()}
+    return tuple(
+        Send(site, wire.build_envelope(header(site), request, body=written[id(request)]))
+        for site, request in requests.items()
+    )
 
 
 def answer_to(asked: wire.Header, kind: type[m.FromSite], event: Arrived, roster: Roster) -> m.FromSite:
@@ -190,9 +200,7 @@ def _ask(
     session: CoordinatorSession, sequence: int, requests: Mapping[str, m.ToSite], gathered: Gathered
 ) -> tuple[Awaiting, Effects]:
     """Open a stage: one request to each of the sites that are still there."""
-    sends = tuple(
-        Send(site, wire.build_envelope(session.header(site, sequence), request)) for site, request in requests.items()
-    )
+    sends = send_each(requests, lambda site: session.header(site, sequence))
     return Awaiting(sequence, frozenset(requests), {}, gathered), sends
 
 

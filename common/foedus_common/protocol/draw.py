@@ -8,12 +8,13 @@ name and no message, key or signature. How likely colluders are to meet in one c
 from __future__ import annotations
 
 import bisect
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from foedus_common.canonical import digest
+from foedus_common.canonical import digest, enc, labelled
 from foedus_common.protocol.thresholds import MAX_COHORT
 
 MAX_SITES = 1024
@@ -77,7 +78,8 @@ def drawn_cohorts(
     Sites are ordered by SHA-256 of all that was revealed with their name, and the order is cut into `cohort_sizes`.
     """
     revealed = digest("draw", plan_digest, run_id, round_index, attempt, [[s, seeds[s]] for s in sorted(seeds)])
-    order = sorted(seeds, key=lambda site: digest("draw-order", revealed, site))
+    prefix = labelled("draw-order", revealed)
+    order = sorted(seeds, key=lambda site: hashlib.sha256(prefix + enc(site)).digest())
     cohorts, start = [], 0
     for size in cohort_sizes(len(order), largest):
         cohorts.append(tuple(sorted(order[start : start + size])))

@@ -211,11 +211,12 @@ class Envelope:
         verify_signature(public_key, self.signature, self.signed, self.header.source)
 
 
-def build_envelope(header: Header, message: m.Message, sign: Sign | None = None) -> bytes:
-    """The bytes of an envelope: signed by a site's identity key, unsigned from the coordinator."""
+def build_envelope(header: Header, message: m.Message, sign: Sign | None = None, *, body: bytes | None = None) -> bytes:
+    """The bytes of an envelope: signed by a site's identity key, unsigned from the coordinator. body: the message's
+    bytes, where they were written before."""
     kind = _BY_CLASS[type(message)]
     written = write_fields(_HEADER.values(), [getattr(header, name) for name in _HEADER], length=1)
-    told = bytes((SUITE, kind.code)) + written + kind.body.write(message)
+    told = bytes((SUITE, kind.code)) + written + (kind.body.write(message) if body is None else body)
     return told + sign(_signed(told)) if sign else told
 
 
@@ -253,13 +254,13 @@ def parse_terms(data: bytes) -> m.RoundTerms:
     return _TERMS.read(data)
 
 
-def opening_bytes(opening: m.Opening) -> bytes:
-    """The canonical bytes of A0, which are also the body of its envelope."""
-    return _BY_CLASS[type(opening)].body.write(opening)
+def body_bytes(message: m.Message) -> bytes:
+    """The canonical bytes of a message, without an envelope."""
+    return _BY_CLASS[type(message)].body.write(message)
 
 
 def round_context(opening: bytes) -> bytes:
-    """ctx = H(enc("round", A0)), 32 bytes, of the canonical bytes as built or received."""
+    """ctx = H(enc("round", A0)), 32 bytes, of A0's canonical bytes as built or received."""
     return digest("round", opening)
 
 

@@ -114,7 +114,7 @@ class Federation:
 
     @property
     def ctx(self) -> bytes:
-        return wire.round_context(wire.opening_bytes(self.coordinator.opening))
+        return wire.round_context(wire.body_bytes(self.coordinator.opening))
 
     def plain_sum(self, sites: Iterable[str]) -> np.ndarray:
         """What must open, exactly: the integers of these sites, summed, in units of each segment's step."""
