@@ -2,8 +2,7 @@
 
 Measured here, in seconds of CPU: whole rounds on hardly any numbers for what a cohort costs, and encoding, masking,
 adding and decoding at every size for what a vector costs. A round is the sum of both, and is compared with whole
-rounds that were measured. Protocol v1 ends at 128 sites; a thousand are reckoned as eight cohorts of 125, each opened
-by itself.
+rounds that were measured. A thousand sites are eight cohorts of 125 and the draw that gives them, measured whole.
 """
 
 from __future__ import annotations
@@ -12,22 +11,34 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from foedus_common.protocol import messages as m
+from foedus_common.protocol.coordinator_draw import Drawing, Drawn, DrawSession, DrawState
+from foedus_common.protocol.coordinator_session import CoordinatorSession
+from foedus_common.protocol.draw import cohort_sizes
+from foedus_common.protocol.effects import Arrived, Send
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.masks import apply_masks
+from foedus_common.protocol.site_session import SiteSession
+from foedus_common.protocol.site_stages import Outbox
+from foedus_common.protocol.thresholds import Member, PeerRule, Roster, thresholds
 from plots import Line, log_plot
-from rounds import COLLUDING, Played, play, undisturbed
+from rounds import COLLUDING, Memory, Played, Stopwatch, play, undisturbed
+from simulated_sites import LAYOUT, SITES, SIZE, terms_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIZES = (100_000, 1_000_000, 4_000_000, 10_000_000, 40_000_000)
 COHORTS = (3, 10, 30, 100, 1000)
 MEASURED = (3, 10, 30, 100, 125)
 KEYS, REPEATS = 2, 2
+TIMED = 20
 SMALL = 64
 ENVELOPES, BY_PEER = 1006, 116
 """Bytes besides the vector, as `wire_bytes` counts them."""
@@ -51,6 +62,16 @@ class Cohort:
     site: float
     coordinator: float
     with_drops: float
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Seconds of CPU that a draw takes, at a site and at the coordinator; bytes that a site sends and gets for it."""
+
+    site: float = 0.0
+    coordinator: float = 0.0
+    up: int = 0
+    down: int = 0
 
 
 def least(work: Callable[[], object], repeats: int) -> float:
@@ -90,6 +111,51 @@ def cohort(sites: int) -> Cohort:
     )
 
 
+def draw() -> Draw:
+    """Of `SITES` sites, every one of which answers; a few of them are timed, and A0 with all seeds is in it."""
+    site, coordinator, up, down = Stopwatch(time.process_time), Stopwatch(time.process_time), 0, 0
+    identities = {f"site-{number:03}": Ed25519PrivateKey.generate() for number in range(SITES)}
+    members = {s: Member(key.public_key().public_bytes_raw(), f"org of {s}") for s, key in identities.items()}
+    roster, terms, vectors = Roster(1, bytes(32), members), terms_of(1), Memory({}, site)
+    outbox = Outbox(terms, vectors.store(LAYOUT.encode(np.zeros(LAYOUT.dimension), os.urandom)), charged=True)
+    sessions = {
+        name: SiteSession(name, key.sign, roster, PeerRule(), SIZE, outbox, vectors, os.urandom)
+        for name, key in identities.items()
+    }
+    states = {name: session.begin() for name, session in sessions.items()}
+    timed = set(sorted(sessions)[:: SITES // TIMED])
+
+    def answer(request: Send) -> bytes:
+        name = request.destination
+        with site.running() if name in timed else nullcontext():
+            states[name], effects = sessions[name].step(states[name], request.envelope)
+        return next(effect.envelope for effect in effects if isinstance(effect, Send))
+
+    session = DrawSession(terms, 0, tuple(sessions), SIZE, roster)
+    with coordinator.running():
+        state: DrawState
+        state, effects = session.begin()
+    while isinstance(state, Drawing):
+        requests = [effect for effect in effects if isinstance(effect, Send)]
+        answers = [Arrived(request.destination, answer(request)) for request in requests]
+        up, down = up + len(answers[0].envelope), down + len(requests[0].envelope)
+        for arrived in answers:
+            with coordinator.running():
+                state, effects = session.step(state, arrived)
+    assert isinstance(state, Drawn), state
+    for cohort in state.cohorts:
+        limits = thresholds(len(cohort), COLLUDING)
+        config = m.RoundConfig(m.PROTOCOL_VERSION, terms, 0, 1, bytes(32), cohort, limits.threshold, limits.minimum)
+        with coordinator.running():
+            _, effects = CoordinatorSession(config, roster, vectors, state.seeds).begin()
+        openings = [effect for effect in effects if isinstance(effect, Send)]
+        down += len(openings[0].envelope) if cohort is state.cohorts[0] else 0
+        for opening in openings:
+            if opening.destination in timed:
+                answer(opening)
+    return Draw(sum(site.laps) / len(timed), sum(coordinator.laps), up, down)
+
+
 def drops_of(sites: int) -> int:
     """One in ten, none of three."""
     return sites // 10
@@ -107,7 +173,8 @@ def coordinator_seconds(of: Cohort, each: Vector, sites: int, drops: int) -> flo
 
 def split(sites: int) -> tuple[int, int]:
     """(how many cohorts, sites in each)."""
-    return (1, sites) if sites <= 128 else (sites // 125, 125)
+    sizes = cohort_sizes(sites)
+    return len(sizes), sizes[0]
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -125,15 +192,17 @@ def megabytes(value: float) -> str:
 def main() -> None:
     vectors = {size: vector(size) for size in SIZES}
     cohorts = {sites: cohort(sites) for sites in MEASURED}
+    drawn = draw()
     reckoned: dict[str, dict[int, list[float]]] = {"site": {}, "coordinator": {}, "drops": {}}
     for sites in COHORTS:
         count, each = split(sites)
-        of, drops = cohorts[each], drops_of(each)
-        reckoned["site"][sites] = [site_seconds(of, v, each) for v in vectors.values()]
-        reckoned["coordinator"][sites] = [count * coordinator_seconds(of, v, each, 0) for v in vectors.values()]
-        reckoned["drops"][sites] = [count * coordinator_seconds(of, v, each, drops) for v in vectors.values()]
+        of, drops, before = cohorts[each], drops_of(each), drawn if count > 1 else Draw()
+        reckoned["site"][sites] = [before.site + site_seconds(of, v, each) for v in vectors.values()]
+        for key, lost in (("coordinator", 0), ("drops", drops)):
+            whole = [count * coordinator_seconds(of, v, each, lost) for v in vectors.values()]
+            reckoned[key][sites] = [before.coordinator + of_size for of_size in whole]
 
-    (DOCS / "costs.md").write_text(page(vectors, reckoned, comparison(cohorts, vectors)), encoding="utf-8")
+    (DOCS / "costs.md").write_text(page(vectors, reckoned, drawn, comparison(cohorts, vectors)), encoding="utf-8")
     panels = [
         (title, [Line(f"{n:,} sites", list(zip(SIZES, reckoned[key][n], strict=True))) for n in COHORTS])
         for key, title in (("site", "A site"), ("drops", "The coordinator, one site in ten drops out"))
@@ -161,14 +230,17 @@ def comparison(cohorts: dict[int, Cohort], vectors: dict[int, Vector]) -> list[l
     return rows
 
 
-def page(vectors: dict[int, Vector], reckoned: dict[str, dict[int, list[float]]], compared: list[list[str]]) -> str:
+def page(
+    vectors: dict[int, Vector], reckoned: dict[str, dict[int, list[float]]], drawn: Draw, compared: list[list[str]]
+) -> str:
     heads = ["numbers trained", *(f"{sites:,} sites" for sites in COHORTS)]
 
     def by_size(cell: Callable[[int, int], str]) -> str:
         return table(heads, [[f"{d:,}", *(cell(i, n) for n in COHORTS)] for i, d in enumerate(SIZES)])
 
     def up(index: int, sites: int) -> str:
-        return megabytes(vectors[SIZES[index]].size + ENVELOPES + BY_PEER * (split(sites)[1] - 1))
+        count, each = split(sites)
+        return megabytes(vectors[SIZES[index]].size + ENVELOPES + BY_PEER * (each - 1) + drawn.up * (count > 1))
 
     memory = [[f"{d:,}", megabytes(v.size), megabytes(3 * v.size + 8 * d)] for d, v in vectors.items()]
     times = {key: partial(lambda key, i, n: seconds(reckoned[key][n][i]), key) for key in reckoned}
@@ -181,8 +253,10 @@ signatures use all cores, so on two cores a party waits for about half of it.
 
 ![CPU seconds of a round, at a site and at the coordinator, by numbers trained, for 3 to 1,000 sites](costs.svg)
 
-Protocol v1 has cohorts of at most 128 sites. The column of 1,000 is reckoned for what is planned, eight random cohorts
-of 125, each opened by itself, and cannot be run today.
+At most 128 sites share a sum. A thousand are drawn into eight cohorts of 125, each with a sum of its own. The draw is
+in their column. It takes {seconds(drawn.site)} at a site and {seconds(drawn.coordinator)} at the coordinator, which
+sends each site {drawn.down / 1e3:.3g} kB and gets {drawn.up} bytes from it. `benchmarks/simulated_sites.py` plays such
+rounds whole, with 30 % of the sites lost.
 
 ## A site
 
@@ -205,7 +279,8 @@ When one site in ten drops out after the keys, so that its masks have to be take
 ## The coordinator's memory
 
 The sum, the vector that is being added and one more, and the decoded numbers; the same for 3 sites and for 128, for
-vectors wait on disk (`benchmarks/coordinator_memory.py`).
+vectors wait on disk (`benchmarks/coordinator_memory.py`). Where cohorts are drawn, each has a sum and decoded numbers
+of its own; there are eight at most.
 
 {table(["numbers trained", "a vector on the wire", "memory at most"], memory)}
 
@@ -214,7 +289,7 @@ vectors wait on disk (`benchmarks/coordinator_memory.py`).
 A round on {SMALL} numbers gives what a cohort costs: keys, signatures, shares. Encoding, masking with one key, adding
 and decoding are measured at each size. A site makes as many masks as the cohort has sites; the coordinator takes off
 one for each survivor and one for each pair of a survivor and a dropped site. Whole rounds on 1,000,000 numbers,
-measured in the same run:
+measured in the same run; the draw was played with {SITES:,} sites, of which {TIMED} were timed:
 
 {table(["party", "sites", "dropped", "reckoned", "measured"], compared)}
 """
