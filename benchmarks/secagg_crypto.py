@@ -55,7 +55,7 @@ class Setting:
 
 SETTINGS = (
     Setting(10, 0, repeats=10, site_goal=10, coordinator_goal=10),
-    Setting(10, tolerated_drops(10, COLLUDING), repeats=6, site_goal=10, coordinator_goal=20),
+    Setting(10, tolerated_drops(10, COLLUDING), repeats=10, site_goal=10, coordinator_goal=20),
     Setting(30, 5, repeats=2, site_goal=10, coordinator_goal=50),
 )
 

@@ -1,7 +1,8 @@
-"""Splitting one 32-byte secret for 100 sites, against Flower's `create_shares`, as long as a caller waits.
+"""Splitting one 32-byte secret for 100 sites, against Flower's `create_shares`, in CPU time.
 
 `python benchmarks/shamir_split.py`: threshold 61 on both sides, what a cohort of 100 has with 20 colluding. Flower
-splits in two threads that hold each other up; the CPU time of both is printed too.
+splits in two threads that hold each other up, so that its caller waits longer than this, on a busy machine several
+times; the wait of both is printed too.
 """
 
 from __future__ import annotations
@@ -21,21 +22,25 @@ OURS, FLOWERS = 500, 5
 """Repeats."""
 
 
-def seconds(split: Callable[[], object]) -> tuple[float, float]:
-    """Waited, and of CPU time."""
-    start, cpu = time.perf_counter(), time.process_time()
-    split()
-    return time.perf_counter() - start, time.process_time() - cpu
+def seconds(split: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Of CPU time, and waited: each in the best of the runs."""
+    runs = []
+    for _ in range(repeats):
+        cpu, start = time.process_time(), time.perf_counter()
+        split()
+        runs.append((time.process_time() - cpu, time.perf_counter() - start))
+    cpus, waits = zip(*runs, strict=True)
+    return min(cpus), min(waits)
 
 
 def main() -> bool:
     secret, threshold = os.urandom(32), thresholds(SITES, COLLUDING).threshold
     xs = range(1, SITES + 1)
-    ours = min(seconds(lambda: shamir.split(secret, threshold, xs, os.urandom)) for _ in range(OURS))
-    flowers = min(seconds(lambda: create_shares(secret, threshold, SITES)) for _ in range(FLOWERS))
-    print(f"{ours[0] * 1e3:.2f} ms against {flowers[0]:.2f} s, of CPU {ours[1] * 1e3:.2f} ms and {flowers[1]:.2f} s")
-    claim = f"Shamir shares of 32 bytes, n = {SITES}, t = {threshold}, against Flower's in the same run"
-    return report("shamir_split", claim, flowers[0] / ours[0], GOAL, "times")
+    ours, wait = seconds(lambda: shamir.split(secret, threshold, xs, os.urandom), OURS)
+    flowers, flowers_wait = seconds(lambda: create_shares(secret, threshold, SITES), FLOWERS)
+    print(f"{ours * 1e3:.3f} ms against {flowers:.3f} s; waited {wait * 1e3:.3f} ms and {flowers_wait:.3f} s")
+    claim = f"Shamir shares of 32 bytes, n = {SITES}, t = {threshold}, against Flower's in the same run, CPU time"
+    return report("shamir_split", claim, flowers / ours, GOAL, "times")
 
 
 if __name__ == "__main__":
