@@ -33,15 +33,15 @@ _private_update = local_trainer.private_update
 
 def noise_off() -> AbstractContextManager[Any]:
     """Not a fault but a tool: the same training without its noise, in whole units all the same, so that it is sent."""
-    return _noise(lambda total, clip, grid, random: _on_the_grid(total, clip, grid))
+    return noise_replaced(lambda total, clip, grid, random: _on_the_grid(total, clip, grid))
 
 
 def bare_sums() -> AbstractContextManager[Any]:
     """Another tool: sums of gradients that nothing is done to."""
-    return _noise(lambda total, clip, grid, random: total)
+    return noise_replaced(lambda total, clip, grid, random: total)
 
 
-def _noise(replacement: Callable[[Reals, float, NoiseGrid, RandomBytes], Reals]) -> AbstractContextManager[Any]:
+def noise_replaced(replacement: Callable[[Reals, float, NoiseGrid, RandomBytes], Reals]) -> AbstractContextManager[Any]:
     return mock.patch.object(private_training, "noised_sum", replacement)
 
 
@@ -95,7 +95,7 @@ def _on_factors_only() -> Iterator[None]:
         noised = _noised_sum(total, clip, grid, random)
         return np.concatenate([_on_the_grid(total, clip, grid)[:head], noised[head:]])
 
-    with mock.patch.object(local_trainer, "private_update", update), _noise(without):
+    with mock.patch.object(local_trainer, "private_update", update), noise_replaced(without):
         yield
 
 
@@ -163,14 +163,14 @@ def _sampling(replacement: Callable[[int, float, RandomBytes], NDArray[np.int64]
 
 
 FAULTS: Mapping[str, Fault] = {
-    "noise halved": lambda: _noise(_halved),
+    "noise halved": lambda: noise_replaced(_halved),
     "noise on the factors only": _on_factors_only,
-    "noise the same in every step": lambda: _noise(_the_same_in_every_step),
+    "noise the same in every step": lambda: noise_replaced(_the_same_in_every_step),
     "noise the same in every round": _the_same_in_every_round,
-    "noise repeated over the coordinates": lambda: _noise(_tiled),
-    "noise in floating point": lambda: _noise(_floating_point),
-    "noise cut off at two sigma": lambda: _noise(_truncated),
-    "no noise on an empty batch": lambda: _noise(_none_on_an_empty_batch),
+    "noise repeated over the coordinates": lambda: noise_replaced(_tiled),
+    "noise in floating point": lambda: noise_replaced(_floating_point),
+    "noise cut off at two sigma": lambda: noise_replaced(_truncated),
+    "no noise on an empty batch": lambda: noise_replaced(_none_on_an_empty_batch),
     "an empty batch is drawn again": lambda: _sampling(_until_not_empty),
     "rows drawn at twice the rate": lambda: _sampling(_twice_the_rate),
     "clipped layer by layer": lambda: _gradients(_layer_by_layer),

@@ -29,7 +29,7 @@ from foedus_common.tasks.text_classification import TextClassifier
 from privacy_audit.bounds import Errors, mu_at_least
 from privacy_audit.faults import bare_sums
 from privacy_audit.reference import GRID, Reals, step_factors
-from privacy_audit.specimens import CLIP, DIVISOR, as_sent
+from privacy_audit.specimens import CLIP, DIVISOR, opened
 from privacy_audit.verdicts import ALARM_RATE, Verdict
 from tiny_model import rows, tiny_agreed
 
@@ -37,13 +37,14 @@ SHOWN = 0.95
 """Confidence of the figures in the table; an alarm needs that of `ALARM_RATE`."""
 
 
-def tiny_plan_of_membership(folder: Path) -> AgreedPlan:
+def tiny_plan_of_membership(folder: Path, **changes: Any) -> AgreedPlan:
     """One round of one full batch, its noise as wide as the clip."""
     phase = {"train": "adapter", "rounds": 1, "steps": 1, "sampling_rate": 1.0, "budget_share": 1.0}
     return tiny_agreed(
         folder,
         privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip": CLIP, "divisor": DIVISOR},
         phase=[phase | {"learning_rate": 1.0, "head_scale": 2.0}],
+        **changes,
     )
 
 
@@ -79,29 +80,27 @@ class Distinguished:
         return self.proved > self.accounted
 
 
-def distinguish(pair: Neighbours, trials: int, random: RandomBytes) -> Distinguished:
-    """`trials` releases of each dataset, told apart by a threshold half way along what the record changes."""
-    agreed, factors = pair.agreed, step_factors(pair.agreed, schedule(pair.agreed.plan)[0])
+def distinguish(pair: Neighbours, trials: int, random: RandomBytes, honest: int = 1) -> Distinguished:
+    """`trials` releases of each dataset, told apart by a threshold half way along what the record changes.
+
+    honest: sites in the sum that is seen. All but the record's own have the rows of `pair.without`, which the adversary
+    knows; of their noise it knows nothing.
+    """
+    agreed, others = pair.agreed, [pair.without] * (honest - 1)
     with remembered_sums():
         without, present = noiseless_sums(pair)
         direction = (present - without) / np.linalg.norm(present - without)
-        threshold = float((present + without) @ direction) / 2
+        threshold = float((present + without) @ direction) / 2 + len(others) * float(without @ direction)
 
         def alarms(trainer: LocalTrainer) -> int:
             return sum(
-                float(-released(trainer, agreed, pair.adapter, random) / factors @ direction) > threshold
+                float(opened([trainer, *others], agreed, pair.adapter, random) @ direction) > threshold
                 for _ in range(trials)
             )
 
         errors = Errors(alarms(pair.without), trials, trials - alarms(pair.present), trials)
-    accounted = 1 / accounted_multiplier(noise_grid(agreed, 0), agreed.size(0))
+    accounted = 1 / accounted_multiplier(noise_grid(agreed, 0), agreed.size(0), honest)
     return Distinguished(accounted, mu_at_least(errors, 1 - ALARM_RATE), mu_at_least(errors, SHOWN))
-
-
-def released(trainer: LocalTrainer, agreed: AgreedPlan, adapter: Tensors, random: RandomBytes) -> Reals:
-    """The first round's vector as it is sent, (d,)."""
-    round_plan = schedule(agreed.plan)[0]
-    return as_sent(agreed, round_plan, trainer.train(adapter, round_plan, random), random)
 
 
 def noiseless_sums(pair: Neighbours) -> tuple[Reals, Reals]:
@@ -159,10 +158,10 @@ def remembered_sums() -> Iterator[None]:
         yield
 
 
-def verdicts(found: Distinguished) -> list[Verdict]:
+def verdicts(found: Distinguished, of: str = "membership of the worst record") -> list[Verdict]:
     reach = f"mu >= {found.shown:.3f} (95 %)"
     return [
-        Verdict("membership of the worst record", reach, f"<= {found.accounted:.3f} accounted", not found.alarm),
+        Verdict(of, reach, f"<= {found.accounted:.3f} accounted", not found.alarm),
         Verdict(
             "... and the attack has power",
             f"{found.shown / found.accounted:.2f} of the accounted mu",

@@ -195,15 +195,17 @@ def _independent_of_gradients(tensors: Sequence[Place]) -> Finding:
 
 def _independent_over_steps(phases: Sequence[Residuals]) -> Finding:
     """Every pair of steps, over the coordinates that both have: those of the head come first in every phase."""
-    steps = [step for phase in phases for step in phase.noise]
-    scores = []
-    for number, later in enumerate(steps):
-        for earlier in steps[:number]:
-            shared = min(later.size, earlier.size)
-            norm = float(np.linalg.norm(earlier[:shared]))
-            if norm > 0:
-                scores.append(float(later[:shared] @ earlier[:shared]) / norm)
-    return worst_of("fresh in every step and round", *_normal(scores))
+    scores: list[Reals] = []
+    for number, later in enumerate(phases):
+        for earlier in phases[: number + 1]:
+            shared = min(later.noise.shape[1], earlier.noise.shape[1])
+            norms = np.linalg.norm(earlier.noise[:, :shared], axis=1)
+            pairs = np.tile(norms > 0, (len(later.noise), 1))
+            if later is earlier:
+                pairs = np.tril(pairs, -1)
+            along = later.noise[:, :shared] @ earlier.noise[:, :shared].T
+            scores.append((along / np.where(norms > 0, norms, 1.0))[pairs])
+    return worst_of("fresh in every step and round", *_normal(np.concatenate(scores)))
 
 
 def _independent_over_coordinates(phases: Sequence[Residuals]) -> Finding:
@@ -229,7 +231,7 @@ def _noises(tensors: Sequence[Place]) -> Iterator[Reals]:
     yield from (phase.noise[:, place].ravel() for phase, place in tensors)
 
 
-def _normal(scores: Sequence[float]) -> tuple[list[float], str]:
+def _normal(scores: Sequence[float] | Reals) -> tuple[list[float], str]:
     """Two-sided p-values of standard normal scores, and the largest in words."""
     magnitudes = np.abs(np.array(scores))
     said = f"{len(scores)} scores up to {magnitudes.max(initial=0.0):.1f}"

@@ -21,7 +21,7 @@ from foedus_common.tasks.text_classification import TextClassifier
 from foedus_simulations.alone import agree, pairs
 from foedus_simulations.corpora import Corpus, default_cache, icd10, minilm
 from plans import run_plan
-from privacy_audit import canary, federation, float_noise, inversion, membership, whole_site
+from privacy_audit import canary, federation, float_noise, inversion, membership, one_step, whole_site
 from privacy_audit.faults import FAULTS
 from privacy_audit.residuals import findings, residuals
 from privacy_audit.specimens import Specimen, random_adapter, releases, tiny_plan_of_noise
@@ -31,6 +31,7 @@ from tiny_model import rows
 
 CLEAN_RUNS = 100
 CANDIDATES, FACTOR_CANDIDATES, TARGETS = 1000, 200, 100
+ONE_STEP_RELEASES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,28 @@ def noise_of_a_whole_site(bench: Bench) -> list[Verdict]:
     for name, fault in whole_site.SITE_FAULTS.items():
         with fault():
             lines.append(fault_found(name, alarms(found(name))))
+    return lines
+
+
+def rounds_of_one_step(bench: Bench) -> list[Verdict]:
+    """What one site sends, and what the sum of the fewest honest sites shows: the central epsilon's own audit."""
+    agreed = one_step.tiny_plan_of_one_step(bench.tiny_model)
+    classifier = TextClassifier.load(bench.tiny_model, agreed.plan, dtype="float32")
+    pair = membership.neighbours(classifier, agreed, random_adapter(classifier, bench.seed))
+    honest = one_step.honest(pair)
+
+    def found(sites: int, name: str) -> list[Finding]:
+        return one_step.found(pair, sites, ONE_STEP_RELEASES, bench.random(f"one step, {sites} sites, {name}"))
+
+    lines = [
+        summary("one site: its sum, the stated noise and no more", found(1, "clean")),
+        summary(f"the sum of {honest}: sqrt({honest}) times the noise", found(honest, "clean")),
+    ]
+    told = membership.distinguish(pair, 4000, bench.random("membership in a sum"), honest)
+    lines += membership.verdicts(told, f"membership in the sum of {honest} honest sites")
+    for name, fault in one_step.ONE_STEP_FAULTS.items():
+        with fault():
+            lines.append(fault_found(name, alarms([*found(1, name), *found(honest, name)])))
     return lines
 
 
@@ -221,6 +244,7 @@ SECTIONS: dict[str, Section] = {
     "Noise of released vectors: MiniLM, LoRA of rank 4": noise_of_the_real_model,
     "Noise of released adapters: three sites, masked sums": noise_of_a_federation,
     "Noise of vectors that hide a whole site": noise_of_a_whole_site,
+    "Rounds of one step: narrow fields, secure sums": rounds_of_one_step,
     "False alarms: 168 steps of a tiny model, 100 times": clean_runs,
     "Seeded faults in the same": seeded_faults,
     "Membership of one record, all others known": one_record,

@@ -26,7 +26,7 @@ from foedus_common.tasks import local_trainer
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.text_classification import TextClassifier
 from foedus_common.terms import field_layout
-from privacy_audit.reference import Reals
+from privacy_audit.reference import Reals, step_factors
 from tiny_model import tiny_agreed
 
 CLIP = 0.05
@@ -112,6 +112,16 @@ def as_sent(agreed: AgreedPlan, round_plan: RoundPlan, update: Reals, random: Ra
     """The update after the site's own encoding, to which masks are added next, (d,)."""
     layout = field_layout(agreed, round_plan)
     return layout.decode(encoded(update, agreed, round_plan, layout, random), 1)
+
+
+def opened(trainers: Sequence[LocalTrainer], agreed: AgreedPlan, adapter: Tensors, random: RandomBytes) -> Reals:
+    """What a secure sum of the first round opens, (d,): all sites' noised sums of gradients together. The plan's rounds
+    are one step."""
+    round_plan = schedule(agreed.plan)[0]
+    layout = field_layout(agreed, round_plan)
+    updates = (trainer.train(adapter, round_plan, random) for trainer in trainers)
+    words = sum(encoded(update, agreed, round_plan, layout, random) for update in updates)
+    return -layout.decode(words, len(trainers)) / step_factors(agreed, round_plan)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 from scipy import stats
 
 from foedus_common.randomness import RandomBytes
+from foedus_common.ranges import noise_grid
 from foedus_common.tasks.local_trainer import LocalTrainer
 from foedus_common.tasks.text_classification import DType, TextClassifier
-from privacy_audit import __main__, canary, float_noise, whole_site
+from privacy_audit import __main__, canary, float_noise, one_step, whole_site
 from privacy_audit.bounds import Errors, at_most, epsilon_at_least, guess_at_most, mu_at_least
 from privacy_audit.faults import FAULTS, noise_off
 from privacy_audit.inversion import Setting, from_the_factors, from_the_head, label_and_features
@@ -75,6 +77,22 @@ def test_a_whole_sites_vector_is_its_clipped_update_and_its_noise(model: Path) -
     for fault in whole_site.SITE_FAULTS.values():
         with fault():
             assert alarms(findings(whole_site.residuals(specimen, seeded("whole site"))))
+
+
+def test_rounds_of_one_step_send_the_stated_noise_and_secure_sums_have_all_of_it(model: Path) -> None:
+    agreed = one_step.tiny_plan_of_one_step(model)
+    classifier = TextClassifier.load(model, agreed.plan, dtype="float32")
+    pair = neighbours(classifier, agreed, random_adapter(classifier, 0))
+    assert one_step.honest(pair) == 2
+    assert 16 * math.sqrt(2) < noise_grid(agreed, 0).sigma / 2 ** noise_grid(agreed, 0).halvings < 24
+    for sites in (1, 2):
+        assert alarms(one_step.found(pair, sites, 400, seeded("one step"))) == []
+    told = distinguish(pair, 300, seeded("in a sum"), honest=2)
+    assert not told.alarm
+    assert 0.5 * told.accounted < told.shown < told.accounted
+    for name in ("a site adds its share of the noise only", "noise the same at every site"):  # rounding takes 2,000
+        with one_step.ONE_STEP_FAULTS[name]():
+            assert alarms(one_step.found(pair, 2, 100, seeded("one step")))
 
 
 def test_an_alarm_needs_a_p_value_that_is_rare_among_all_tests() -> None:

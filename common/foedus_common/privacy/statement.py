@@ -6,7 +6,6 @@ Knows plans and `ranges`; the figures themselves are `accounting`'s. Source: doc
 from __future__ import annotations
 
 from foedus_common.plan import AgreedPlan
-from foedus_common.protocol.thresholds import thresholds
 from foedus_common.ranges import honest_sites
 
 
@@ -21,15 +20,14 @@ def about_epsilons(agreed: AgreedPlan) -> str:
             "Both epsilons are the same: no phase has one step a round, so that what a site sends is not a single "
             "noised sum, and only its own noise may be counted."
         )
-    secure = plan.secure_aggregation
-    least = thresholds(secure.min_sites, secure.colluding).quorum
+    honest, colluding = honest_sites(agreed), plan.secure_aggregation.colluding
     whose = "of each round" if plan.privacy.unit == "site" or len(linear) == len(plan.phase) else f"of {_named(linear)}"
-    helpers = f"at most {secure.colluding} of the sites help it" if secure.colluding else "no site helps it"
+    helpers = f"at most {colluding} of the sites in a total help it" if colluding else "no site helps it"
     counted = "ledgers count" if plan.privacy.unit == "site" else "the plan's epsilon and all ledgers count"
     reason = (
-        f"epsilon_central is smaller because the coordinator sees only totals {whose}, over at least {least} sites: "
-        f"each {plan.privacy.unit} is hidden by the noise of {honest_sites(agreed)} honest sites or more. That holds "
-        f"while secure aggregation does and {helpers}; {counted} a site's own noise alone."
+        f"epsilon_central is smaller because the coordinator sees only totals {whose}, over {honest + colluding} sites "
+        f"or more: each {plan.privacy.unit} is hidden by the noise of at least {honest} honest ones. That holds while "
+        f"secure aggregation does and {helpers}; {counted} a site's own noise alone."
     )
     if whose == "of each round":
         return reason

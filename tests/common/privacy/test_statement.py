@@ -29,13 +29,13 @@ def test_the_sentence_claims_less_exactly_where_the_accountant_does(changes: dic
 def test_it_names_the_sites_that_hide_a_record_and_those_that_may_not_help() -> None:
     secure = {"secure_aggregation__min_sites": 10, "secure_aggregation__colluding": 2}
     said = about_epsilons(agreed_plan(**ALL_ONE, **secure))
-    assert "totals of each round, over at least 7 sites" in said
-    assert "each record is hidden by the noise of 5 honest sites or more" in said
-    assert "at most 2 of the sites help it" in said
+    assert "totals of each round, over 7 sites or more" in said
+    assert "each record is hidden by the noise of at least 5 honest ones" in said
+    assert "at most 2 of the sites in a total help it" in said
     assert "the plan's epsilon and all ledgers count a site's own noise alone" in said
     assert "no site helps it" in about_epsilons(agreed_plan(**ALL_ONE, secure_aggregation__colluding=0))
     by_sites = about_epsilons(agreed_plan(**by_site()))
-    assert "each site is hidden by the noise of 2 honest sites or more" in by_sites
+    assert "each site is hidden by the noise of at least 2 honest ones" in by_sites
     assert "; ledgers count a site's own noise alone" in by_sites
 
 
