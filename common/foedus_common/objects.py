@@ -113,10 +113,17 @@ class ObjectStore:
 
     def claimed_bytes(self, ref: ObjectRef) -> int:
         """Bytes that the store would hold once `ref` and all other objects that began to arrive are whole."""
+        return sum(self._claimed(ref).values())
+
+    def claimed_objects(self, ref: ObjectRef) -> int:
+        """How many objects that would be."""
+        return len(self._claimed(ref))
+
+    def _claimed(self, ref: ObjectRef) -> dict[str, int]:
         names = (path.name.split("-") for path in self._partial.iterdir() if "-" in path.name)
         sizes = {name: int(size) for name, size in names}
         sizes |= {path.name: path.stat().st_size for path in self._folder.iterdir() if path.is_file()}
-        return sum((sizes | {ref.sha256: ref.size}).values())
+        return sizes | {ref.sha256: ref.size}
 
     def sweep(self, keep: Collection[str], before: float) -> None:
         """Delete every object but those named in `keep`, by SHA-256, and what arrived in part and has not grown since

@@ -10,13 +10,14 @@ import logging
 import threading
 from pathlib import Path
 
-from foedus_common.clock import Clock
+from foedus_common.clock import Clock, SystemClock
 from foedus_common.errors import FoedusError, LocalError
 from foedus_common.identity import Roster, SignedPlan, SignedRoster
 from foedus_common.link.contents import context_of
 from foedus_common.objects import ObjectStore
 from foedus_common.plan import schedule
 from foedus_common.randomness import RandomBytes
+from foedus_common.sparing_log import Sparing
 from foedus_common.terms import field_layout
 from foedus_server.app import server_app
 from foedus_server.audit import notary
@@ -157,5 +158,6 @@ def log_to(path: Path | None) -> None:
         path.touch(mode=0o600)
         handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(Sparing(SystemClock()))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)

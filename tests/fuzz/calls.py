@@ -150,7 +150,7 @@ class Coordinator:
         try:
             for asked, call in zip(*[iter(_parts(data)[:4])] * 2, strict=False):
                 frames = [pb.PushPart.FromString(part) for part in _parts(call)]
-                self._run(self._service.Stat(pb.Object.FromString(asked), Context()))  # type: ignore[arg-type]
+                self._run(self._service.Stat(None, Context([pb.Object.FromString(asked)])))  # type: ignore[arg-type]
                 try:
                     self._run(self._service.Push(None, Context(frames)))  # type: ignore[arg-type]
                 except Refused:
@@ -166,8 +166,9 @@ class Coordinator:
         return [request.SerializeToString() for request in wanted]
 
     def give_download(self, data: bytes) -> None:
-        context, wanted = Context(), pb.PullRequest.FromString(data)
-        self._run(self._service.Pull(wanted, context))  # type: ignore[arg-type]
+        wanted = pb.PullRequest.FromString(data)
+        context = Context([wanted])
+        self._run(self._service.Pull(None, context))  # type: ignore[arg-type]
         assert b"".join(part.chunk for part in context.written) == DOWNLOAD[wanted.offset :]
 
     def streams(self, reply: bytes) -> list[bytes]:

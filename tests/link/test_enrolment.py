@@ -13,7 +13,7 @@ from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.transport import MAX_ENROL_BODY
-from foedus_server.link.service import RateLimit
+from foedus_server.link.enrolment import RateLimit
 from foedus_server.store import DatabaseAway
 from loopback import Authority, Federation
 

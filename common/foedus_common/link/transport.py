@@ -63,6 +63,7 @@ def node_id(site: str) -> int:
 
 _COMMON_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_BODY + _FRAMING),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
@@ -108,13 +109,18 @@ SERVER_OPTIONS = [
     *_COMMON_OPTIONS,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.max_concurrent_streams", 32),  # of one connection, that is of one site
+    ("grpc.max_connection_idle_ms", 600_000),
+    ("grpc.max_concurrent_streams", 32),  # of one connection
     ("grpc.so_reuseport", 1),  # a new certificate comes with a new server, beside the old one for a moment
 ]
 
 ENROLMENT_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_ENROL_BODY + 16),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
     ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_connection_age_ms", 60_000),  # a stranger has nothing to say that takes longer
+    ("grpc.max_connection_age_grace_ms", 10_000),
     ("grpc.max_concurrent_streams", 4),
     ("grpc.so_reuseport", 1),
 ]

@@ -140,9 +140,11 @@ def root_new(
 @app.command()
 def up(context: typer.Context, as_json: Json = False) -> None:
     """Run the coordinator until Ctrl-C, which lets messages under way finish."""
-    from foedus_server.service import Service, log_to  # gRPC and Flower take a second to import
+    from foedus_server.link.listeners import allow_many_files  # gRPC and Flower take a second to import
+    from foedus_server.service import Service, log_to
 
     forbid_core_dumps()
+    allow_many_files()
     home = config.Home.open(context.obj)
     log_to(home.path / "coordinator.log" if as_json else None)
     service = Service(home, CLOCK, system_random)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from flwr.serverapp import Grid
 from foedus_common.clock import Clock, SystemClock
 from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
-from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.contents import body_of, content_of, message_of
 from foedus_common.link.loop import on_loop
 from foedus_common.link.transport import (
@@ -31,9 +29,10 @@ from foedus_common.link.transport import (
 )
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.randomness import RandomBytes, system_random
+from foedus_server.link.enrolment import EnrolmentService
 from foedus_server.link.listeners import Listeners
 from foedus_server.link.mailbox import Mailbox, RunFiles
-from foedus_server.link.service import EnrolmentService, LinkService, RateLimit, SiteDirectory, not_admitted
+from foedus_server.link.service import LinkService, SiteDirectory, not_admitted
 
 DAY = 86_400.0
 SITE_FAILED = 1
@@ -82,11 +81,8 @@ class LinkServer:
         self._grids: dict[int, SiteGrid] = {}
         self._files: dict[int, RunFiles] = {}
         self._service = LinkService(directory, self.mailbox, objects, self._files, timing, self.clock, not_admitted)
-        self._enrolment = EnrolmentService(enrol, RateLimit(self.clock), self.clock)
-        self._listeners = Listeners(
-            partial(pb_grpc.add_LinkServicer_to_server, self._service),
-            partial(pb_grpc.add_EnrolmentServicer_to_server, self._enrolment),
-        )
+        self._enrolment = EnrolmentService(enrol, self.clock)
+        self._listeners = Listeners(self._service.register, self._enrolment.register)
 
     def start(self) -> None:
         """Listen; `address` and `enrol_address` then name the ports that were taken.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import resource
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +21,8 @@ import grpc.aio
 from foedus_common.errors import LocalError
 from foedus_common.link.transport import ENROLMENT_OPTIONS, SERVER_OPTIONS, TlsIdentity
 
+MAX_CONNECTIONS, MAX_STRANGERS = 4096, 512
+"""Connections at the link, and at enrolment, handshakes among them; others are hung up on. A site needs two."""
 DRAIN_SECONDS = 60.0
 """What transfers under way have to end at the old pair; one that is cut goes on at the new one where it was."""
 
@@ -63,8 +66,8 @@ class Listeners:
         pairs = [(tls.private_key, tls.certificate)]
         mutual = grpc.ssl_server_credentials(pairs, tls.authority, require_client_auth=True)
         at_link, at_enrolment = (
-            grpc.aio.server(options=SERVER_OPTIONS),
-            grpc.aio.server(options=ENROLMENT_OPTIONS, maximum_concurrent_rpcs=8),
+            grpc.aio.server(options=[*SERVER_OPTIONS, _at_most(MAX_CONNECTIONS)]),
+            grpc.aio.server(options=[*ENROLMENT_OPTIONS, _at_most(MAX_STRANGERS)]),
         )
         self._register[0](at_link)
         self._register[1](at_enrolment)
@@ -75,6 +78,22 @@ class Listeners:
         await at_link.start()
         await at_enrolment.start()
         return [at_link, at_enrolment]
+
+
+def allow_many_files() -> None:
+    """Every connection is an open file, and many systems allow a process 1,024 unless it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * (MAX_CONNECTIONS + MAX_STRANGERS)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _at_most(connections: int) -> tuple[str, int]:
+    """As many, but of the files that this process may open no more than a quarter: runs need some, too."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = connections if soft == resource.RLIM_INFINITY else min(connections, soft // 4)
+    return ("grpc.max_allowed_incoming_connections", allowed)
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> str:

@@ -17,6 +17,9 @@ from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.objects import ObjectRef, ObjectStore, Partial
 
+MAX_UPLOADS = 16
+"""Of one site in one run; it has one for each attempt, and those that came late."""
+
 
 class Stream(Protocol):
     """A site's open stream, as the mailbox sees it."""
@@ -219,4 +222,6 @@ class RunFiles:
             raise RemoteError(
                 Reason.BAD_MESSAGE, f"uploads are capped at {self._max_upload_bytes} bytes a site in this run."
             )
+        if store.claimed_objects(ref) > MAX_UPLOADS:
+            raise RemoteError(Reason.BAD_MESSAGE, f"uploads are capped at {MAX_UPLOADS} a site in this run.")
         return store

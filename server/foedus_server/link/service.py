@@ -1,4 +1,4 @@
-"""The gRPC services of the coordinator: control streams and objects for sites, enrolment for those to be.
+"""The gRPC service of the coordinator for its sites: control streams and objects.
 
 Every call and every chunk is admitted by certificate. Runs on the link's event loop; knows no Flower.
 """
@@ -9,15 +9,16 @@ import asyncio
 import base64
 import hashlib
 import logging
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 
+from foedus_common.allowance import Allowance
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError, RemoteError
 from foedus_common.link import foedus_pb2 as pb
@@ -29,8 +30,12 @@ from foedus_server.store import DatabaseAway
 logger = logging.getLogger(__name__)
 
 Context: TypeAlias = grpc.aio.ServicerContext
+_M = TypeVar("_M", pb.Object, pb.PushPart, pb.PullRequest)
 
 REFRESH_SECONDS = 1.0
+CALLS_OF_ONE_SITE = 64
+UNAWAITED = (256, 1.0)
+"""Messages of a site that nobody awaits, heartbeats among them: so many at once, then one a second."""
 
 
 class SiteDirectory(Protocol):
@@ -87,7 +92,7 @@ def _nothing_here() -> Refusal:
 
 
 @asynccontextmanager
-async def _refusals(context: Context) -> AsyncIterator[None]:
+async def refusals(context: Context) -> AsyncIterator[None]:
     """What a call refuses leaves as a status that says why."""
     try:
         yield
@@ -151,7 +156,20 @@ class LinkService:
         self._timing = timing
         self._clock = clock
         self._streams: dict[str, ControlStream] = {}
+        self._open: Counter[str] = Counter()
         self._refreshing: asyncio.Future[None] | None = None
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Each method reads what it is sent, also where that is one message: a method of the unary kind would be called
+        when the message has come, before anybody was admitted."""
+        stream, once = grpc.stream_stream_rpc_method_handler, grpc.stream_unary_rpc_method_handler
+        methods = {
+            "Control": stream(self.Control, pb.FromSite.FromString, pb.FromCoordinator.SerializeToString),
+            "Stat": once(self.Stat, pb.Object.FromString, pb.StatReply.SerializeToString),
+            "Push": once(self.Push, pb.PushPart.FromString, pb.PushReply.SerializeToString),
+            "Pull": stream(self.Pull, pb.PullRequest.FromString, pb.PullPart.SerializeToString),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("foedus.link.v1.Link", methods),))
 
     async def end_stream(self, site: str, refusal: Refusal) -> None:
         """End the site's stream, if it has one."""
@@ -166,13 +184,12 @@ class LinkService:
     # Control
 
     async def Control(self, _: object, context: Context) -> None:  # noqa: N802
-        async with _refusals(context):
-            peer = await self._admit(context)
+        async with refusals(context), self._admitted(context) as peer:
             await self._greet(context)
             await self.end_stream(peer.site, Refusal(grpc.StatusCode.ABORTED, "A newer connection took over."))
             stream = self._streams[peer.site] = ControlStream(peer)
             self._mailbox.connect(peer.site, stream)
-            logger.info("site %s connected", peer.site)
+            logger.info("site %s connected", peer.site, extra={"peer": peer.site})
             try:
                 self._check(peer)  # a revocation since `_admit` found no stream to end
                 await _first_of(self._listen(stream, context), self._speak(stream, context), stream.ended)
@@ -180,10 +197,10 @@ class LinkService:
                 self._mailbox.disconnect(peer.site, stream)
                 if self._streams.get(peer.site) is stream:
                     del self._streams[peer.site]
-                logger.info("site %s disconnected", peer.site)
+                logger.info("site %s disconnected", peer.site, extra={"peer": peer.site})
 
     async def _greet(self, context: Context) -> None:
-        await context.send_initial_metadata(_clock(self._clock))
+        await context.send_initial_metadata(clock_metadata(self._clock))
         await context.write(pb.FromCoordinator(hello=pb.Hello(protocol_version=PROTOCOL_VERSION)))
         async with asyncio.timeout(self._timing.silence):
             first = await context.read()
@@ -197,20 +214,25 @@ class LinkService:
             )
 
     async def _listen(self, stream: ControlStream, context: Context) -> None:
+        unawaited = Allowance(self._clock, *UNAWAITED)
         while True:
             async with asyncio.timeout(self._timing.silence):
                 message = await context.read()
             if message is grpc.aio.EOF:
                 return
             self._check(stream.peer)
-            if message.WhichOneof("part") == "reply":
-                self._take_reply(stream.peer.site, message.reply)
+            awaited = message.WhichOneof("part") == "reply" and self._take_reply(stream.peer.site, message.reply)
+            if not awaited and not unawaited.take():
+                raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "The site says much that nobody asked for.")
 
-    def _take_reply(self, site: str, reply: pb.Reply) -> None:
+    def _take_reply(self, site: str, reply: pb.Reply) -> bool:
+        """Whether somebody awaits it."""
         if len(reply.body) > MAX_BODY:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"A reply's body is above {MAX_BODY} bytes.")
-        if not self._mailbox.answer(site, reply):
-            logger.info("ignored a reply of site %s that nobody awaits from it", site)
+        if self._mailbox.answer(site, reply):
+            return True
+        logger.info("ignored a reply of site %s that nobody awaits from it", site, extra={"peer": site})
+        return False
 
     async def _speak(self, stream: ControlStream, context: Context) -> None:
         await context.write(pb.FromCoordinator(heartbeat=pb.Heartbeat()))  # now the site knows that it counts
@@ -227,23 +249,21 @@ class LinkService:
 
     # Objects
 
-    async def Stat(self, wanted: pb.Object, context: Context) -> pb.StatReply:  # noqa: N802
-        async with _refusals(context):
-            peer = await self._admit(context)
-            run, ref = self._run_uploaded_to(peer, wanted)
+    async def Stat(self, _: object, context: Context) -> pb.StatReply:  # noqa: N802
+        async with refusals(context), self._admitted(context) as peer:
+            run, ref = self._run_uploaded_to(peer, await self._next(context, pb.Object))
             received, whole = run.received(peer.site, ref)
             return pb.StatReply(received=received, whole=whole)
 
     async def Push(self, _: object, context: Context) -> pb.PushReply:  # noqa: N802
-        async with _refusals(context):
-            peer = await self._admit(context)
-            header = (await self._next_part(context)).header
+        async with refusals(context), self._admitted(context) as peer:
+            header = (await self._next(context, pb.PushPart)).header
             run, ref = self._run_uploaded_to(peer, header.object)
             with run.receive(peer.site, ref) as partial:
                 if await asyncio.to_thread(partial.resume) != header.offset:
                     raise Refusal(grpc.StatusCode.ABORTED, "The upload goes on from another offset.")
                 while partial.offset < ref.size:
-                    chunk = (await self._next_part(context)).chunk
+                    chunk = (await self._next(context, pb.PushPart)).chunk
                     self._check(peer)
                     if not chunk:
                         raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "An empty chunk moves nothing.")
@@ -251,9 +271,9 @@ class LinkService:
                 await asyncio.to_thread(partial.finish)
             return pb.PushReply()
 
-    async def Pull(self, wanted: pb.PullRequest, context: Context) -> None:  # noqa: N802
-        async with _refusals(context):
-            peer = await self._admit(context)
+    async def Pull(self, _: object, context: Context) -> None:  # noqa: N802
+        async with refusals(context), self._admitted(context) as peer:
+            wanted = await self._next(context, pb.PullRequest)
             ref = ObjectRef(wanted.object.sha256, wanted.object.size)
             run = self._runs.get(wanted.object.run_id)
             if run is None or not run.may_download(peer.site, ref) or not self._objects.has(ref):
@@ -267,12 +287,13 @@ class LinkService:
                     async with asyncio.timeout(self._timing.progress):
                         await context.write(pb.PullPart(chunk=chunk))
 
-    async def _next_part(self, context: Context) -> pb.PushPart:
+    async def _next(self, context: Context, kind: type[_M]) -> _M:
         async with asyncio.timeout(self._timing.progress):
-            part = await context.read()
-        if part is grpc.aio.EOF:
-            raise Refusal(grpc.StatusCode.ABORTED, "The upload ended early.")
-        return part
+            message = await context.read()
+        if message is grpc.aio.EOF:
+            raise Refusal(grpc.StatusCode.ABORTED, "The call ended early.")
+        assert isinstance(message, kind)  # gRPC parses a method's messages as its own kind
+        return message
 
     def _run_uploaded_to(self, peer: Peer, wanted: pb.Object) -> tuple[RunFiles, ObjectRef]:
         run = self._runs.get(wanted.run_id)
@@ -282,6 +303,18 @@ class LinkService:
 
     # Admission
 
+    @asynccontextmanager
+    async def _admitted(self, context: Context) -> AsyncIterator[Peer]:
+        """The site that calls, for as long as it does; one site has only so many calls open, over any connections."""
+        peer = await self._admit(context)
+        if self._open[peer.site] >= CALLS_OF_ONE_SITE:
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "This site has too many calls open.")
+        self._open[peer.site] += 1
+        try:
+            yield peer
+        finally:
+            self._open[peer.site] -= 1
+
     async def _admit(self, context: Context) -> Peer:
         peer = peer_of(context)
         if peer is None:
@@ -290,7 +323,7 @@ class LinkService:
         if not self._directory.site_for(peer.site, peer.certificate_sha256):
             await asyncio.to_thread(self._note_not_admitted, peer.site, peer.certificate_sha256)
             raise not_admitted()
-        context.set_trailing_metadata(_clock(self._clock))
+        context.set_trailing_metadata(clock_metadata(self._clock))
         return peer
 
     async def _refresh(self) -> None:
@@ -307,7 +340,7 @@ class LinkService:
             raise not_admitted()
 
 
-def _clock(clock: Clock) -> tuple[tuple[str, str], ...]:
+def clock_metadata(clock: Clock) -> tuple[tuple[str, str], ...]:
     """Metadata by which a site sees whether its clock agrees."""
     return ((CLOCK_KEY, f"{clock.now():.3f}"),)
 
@@ -323,38 +356,3 @@ async def _first_of(*ways: Coroutine[None, None, None] | asyncio.Future[None]) -
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
-
-
-class EnrolmentService:
-    """The one call that anybody may make: small, rare, and handed on as bytes."""
-
-    def __init__(self, enrol: Callable[[bytes], bytes], limit: RateLimit, clock: Clock) -> None:
-        self._enrol = enrol
-        self._limit = limit
-        self._clock = clock
-
-    async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:  # noqa: N802
-        async with _refusals(context):
-            if not self._limit.allows(context.peer().rpartition(":")[0]):
-                raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many attempts; try again in a minute.")
-            context.set_trailing_metadata(_clock(self._clock))
-            return pb.EnrolReply(body=await asyncio.to_thread(self._enrol, request.body))
-
-
-class RateLimit:
-    """Token bucket for each address: `burst` attempts at once, then one every `seconds`. Remembers 1024 addresses."""
-
-    def __init__(self, clock: Clock, burst: int = 60, seconds: float = 1.0) -> None:
-        self._clock = clock
-        self._burst = burst
-        self._seconds = seconds
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def allows(self, address: str) -> bool:
-        now = self._clock.monotonic()
-        tokens, before = self._buckets.pop(address, (float(self._burst), now))
-        tokens = min(self._burst, tokens + (now - before) / self._seconds)
-        self._buckets[address] = (tokens - 1 if tokens >= 1 else tokens, now)
-        if len(self._buckets) > 1024:
-            self._buckets.popitem(last=False)
-        return tokens >= 1
