@@ -9,8 +9,7 @@ import asyncio
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,6 +35,7 @@ from sessions import Attempt
 from workshop import Target
 
 RUN, SITE, NOW = 7, "north", 1_800_000_000.0
+WAIT_SECONDS = 30.0
 UPLOAD, DOWNLOAD = bytes(range(80)), b"an adapter" * 9
 CERTIFICATE = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 PROVED = {
@@ -49,27 +49,20 @@ class Refused(Exception):
     """The call ended with a status, or its frames are not what gRPC hands on."""
 
 
-class Inline(ThreadPoolExecutor):
-    """Runs at once what is given to a thread."""
+class Loop(asyncio.SelectorEventLoop):
+    """Does at once what is given to a thread."""
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+    def complete(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Raises TimeoutError for what waits without end; nothing here has anything to wait for."""
+        return self.run_until_complete(asyncio.wait_for(work, WAIT_SECONDS))
+
+    def run_in_executor(self, executor: object, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        future = self.create_future()
         try:
-            future.set_result(function(*arguments, **options))
-        except BaseException as error:
+            future.set_result(function(*arguments))
+        except Exception as error:
             future.set_exception(error)
         return future
-
-
-class Loop:
-    """Runs one coroutine to its end."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(Inline(1))
-
-    def __call__(self, work: Any) -> Any:
-        return self._loop.run_until_complete(work)
 
 
 class Context:
@@ -124,7 +117,7 @@ class Coordinator:
     """Takes uploads, gives downloads, holds control streams."""
 
     def __init__(self, folder: Path) -> None:
-        self._run = Loop()
+        self._run = Loop().complete
         self._mailbox = Mailbox(ManualClock())
         self._uploads = folder / "uploads" / SITE
         files, objects = RunFiles(folder / "uploads", 1 << 20), ObjectStore(folder / "objects")
@@ -199,7 +192,7 @@ class Site:
     """Fetches one object and pushes another; what the coordinator answers is mutated."""
 
     def __init__(self, folder: Path) -> None:
-        self._run = Loop()
+        self._run = Loop().complete
         self._folder = folder / "site"
         self._objects = ObjectStore(self._folder)
         self._own = self._objects.put(UPLOAD)

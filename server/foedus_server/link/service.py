@@ -332,8 +332,12 @@ class LinkService:
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.ensure_future(asyncio.to_thread(self._directory.refresh))
             self._refreshing.add_done_callback(lambda done: done.cancelled() or done.exception())
-        with suppress(TimeoutError, LocalError):
-            await asyncio.wait_for(asyncio.shield(self._refreshing), REFRESH_SECONDS)
+        # Not wait_for: in Python 3.11 it swallows a cancellation that comes when the answer does, and a stream that was
+        # to end would stay.
+        done, _ = await asyncio.wait([self._refreshing], timeout=REFRESH_SECONDS)
+        with suppress(LocalError):
+            for each in done:
+                each.result()
 
     def _check(self, peer: Peer) -> None:
         if not self._directory.site_for(peer.site, peer.certificate_sha256):
