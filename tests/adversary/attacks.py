@@ -16,7 +16,7 @@ from foedus_common.identity import SignedPlan, generate_key
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
-from foedus_common.protocol.draw import drawn_cohorts, seed_commitment
+from foedus_common.protocol.draw import MAX_DRAWS, drawn_cohorts, seed_commitment
 from foedus_common.protocol.primitives import KeyPair, commitment
 from foedus_common.protocol.shamir import SHARE_BYTES
 from foedus_server.rounds import DRAW_TYPES, STAGE_TYPES
@@ -349,11 +349,10 @@ def two_partitions(cheat: Cheat) -> str:
     return VICTIM
 
 
-@attack("a ninth draw of one round, the first eight did not suit", Reason.DRAWS_EXHAUSTED)
-def ninth_draw(cheat: Cheat) -> str:
-    for attempt in range(8):
-        assert VICTIM in Draw(cheat, attempt, only=[VICTIM]).commitments
-    assert VICTIM not in Draw(cheat, 8, only=[VICTIM]).commitments
+@attack("one draw after another until one suits", Reason.DRAWS_EXHAUSTED)
+def draws_until_one_suits(cheat: Cheat) -> str:
+    answered = [VICTIM in Draw(cheat, attempt, only=[VICTIM]).commitments for attempt in range(MAX_DRAWS + 1)]
+    assert answered == [True] * MAX_DRAWS + [False]
     return VICTIM
 
 

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from foedus_common.canonical import enc, labelled
 from foedus_common.errors import LocalError, Reason, RemoteError
+from foedus_common.link.transport import MAX_BODY
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
+from foedus_common.protocol.draw import MAX_SITES
 from foedus_common.protocol.effects import Send
 from foedus_common.protocol.encoding import FieldLayout
 
@@ -277,3 +279,18 @@ def test_the_largest_messages_of_the_largest_cohort_fit():
         m.Agreement(tuple((name, randbytes(64)) for name in names)),
     ):
         assert wire.parse_envelope(wire.build_envelope(header, message)).message == message
+
+
+@given(TERMS)
+@settings(max_examples=1)
+def test_the_largest_draw_fits_one_message_of_the_link(terms):
+    names = [f"{'x' * 36}{index:04}" for index in range(MAX_SITES)]
+    told = tuple((name, bytes(32)) for name in names)
+    config = m.RoundConfig(2, terms, 3, 1, bytes(32), tuple(names[:128]), 65, 3)
+    header = wire.Header(1, 2, 3, bytes(32), wire.COORDINATOR, names[0], 1)
+    for message in (m.Commitments(told), m.DrawnConfig(config, told)):
+        request = wire.build_envelope(header, message)
+        assert wire.parse_envelope(request).message == message
+        assert len(request) <= MAX_BODY
+    with pytest.raises(RemoteError):
+        wire.parse_envelope(wire.build_envelope(header, m.Commitments((*told, ("y", bytes(32))))))
