@@ -28,6 +28,7 @@ ROOMY = {"max_epsilon_per_run": 900.0, "max_epsilon_per_day": 900.0, "max_epsilo
 POLICY = SitePolicy(max_epsilon_per_run=EPSILON, max_epsilon_per_day=ROUND, max_epsilon_lifetime=EPSILON)
 FACTS = Facts("St. Mary", {"mary": "St. Mary", "north": "North Clinic"}, frozenset({MODEL}), 0)
 FRESH = Account("coding-terms", ("coding-terms",))
+LARGE = agreed_plan(secure_aggregation__min_sites=129, secure_aggregation__max_sites=300)
 BARE = agreed_plan(
     privacy={"unit": "none"},
     phase=[{"train": "head", "rounds": 2, "learning_rate": 1.0, "epochs": 1.0, "batch_size": 8}],
@@ -58,6 +59,7 @@ EXCEEDED: list[tuple[str, dict[str, Any], str]] = [
     ("max_epsilon_lifetime, used", {"account": used_up()}, "has spent or reserved"),
     ("delta", {"policy": {"delta": 0.9e-5}}, "max_epsilon_per_run"),
     ("min_sites", {"policy": {"min_sites": 4}}, "min_sites is 4"),
+    ("min_sites, drawn", {"plan": LARGE, "policy": {"min_sites": 65}}, "sums of 64 sites, and .* min_sites is 65"),
     ("colluding", {"policy": {"colluding": 2}}, "withstands 1 colluding sites.* is 2"),
     ("must_include", {"policy": {"must_include": ("South Clinic",)}}, "no site of 'South Clinic'"),
     ("must_include, itself", {"policy": {"must_include": ("St. Mary",)}}, "own organisation"),

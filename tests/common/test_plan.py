@@ -7,8 +7,11 @@ import pytest
 
 from foedus_common.canonical import canonical_json
 from foedus_common.errors import LocalError
+from foedus_common.objects import ObjectRef
 from foedus_common.plan import parse_agreed_plan, read_plan, schedule
-from foedus_common.ranges import half_range, tail
+from foedus_common.protocol.thresholds import thresholds
+from foedus_common.ranges import half_range, honest_sites, tail
+from foedus_common.terms import round_terms
 from plans import agreed_plan, by_site, run_plan
 
 
@@ -154,3 +157,16 @@ def test_read_plan_names_the_file(tmp_path):
     broken.write_text("[run\nname = ")
     with pytest.raises(LocalError, match=r"broken\.toml is not valid TOML"):
         read_plan(broken)
+
+
+def test_the_sums_of_a_large_round_are_those_of_its_cohorts():
+    """Fields, thresholds, shares of noise and colluders are about cohorts of 64 to 128, not about 129 to 300 sites."""
+    sizes = {"secure_aggregation__min_sites": 129, "secure_aggregation__max_sites": 300}
+    agreed = agreed_plan(**sizes)
+    terms = round_terms(agreed, schedule(agreed.plan)[0], ObjectRef("d" * 64, 400))
+    assert (terms.min_sites, terms.layout.max_sites) == (64, 128)
+    assert 2 * terms.layout.half_range * 128 < 2**terms.layout.bits
+    assert honest_sites(agreed) == thresholds(64, 1).quorum - 1
+    assert honest_sites(agreed_plan(**sizes, secure_aggregation__colluding=20)) == thresholds(64, 20).quorum - 20
+    with pytest.raises(LocalError, match="colluding between 0 and 62"):
+        agreed_plan(**sizes, secure_aggregation__colluding=63)
