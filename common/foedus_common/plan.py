@@ -29,6 +29,8 @@ MAX_PLAN_BYTES = 128 * 1024
 MAX_ROUNDS = 10_000
 MAX_STEPS = 1_000_000
 """More are not accounted for within seconds."""
+MAX_EPOCHS = 1000
+"""Of a round, which lists its batches before it begins."""
 MAX_COORDINATES = 1 << 30
 """Numbers in a trained vector: 8 GiB in the trainer."""
 LEAST, MOST = 1e-30, 1e30
@@ -276,8 +278,8 @@ def _phase_problems(phase: Phase, unit: str) -> Iterator[str]:
         case _:
             if phase.steps is not None or phase.sampling_rate is not None or phase.budget_share is not None:
                 yield "gives steps, sampling_rate or budget_share, which belong to DP; without it give epochs instead."
-            if (phase.epochs or 0) <= 0 or (phase.batch_size or 0) < 1:
-                yield "needs epochs above 0 and batch_size of 1 or more."
+            if not 0 < (phase.epochs or 0) <= MAX_EPOCHS or (phase.batch_size or 0) < 1:
+                yield f"needs epochs above 0 and at most {MAX_EPOCHS}, and batch_size of 1 or more."
     if unit != "none":
         if phase.budget_share is None or not 0 < phase.budget_share <= 1:
             yield "needs budget_share in (0, 1]."

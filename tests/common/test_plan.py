@@ -105,6 +105,7 @@ def test_a_missing_layout_is_refused():
     [
         ({"steps": 3}, "give epochs instead"),
         ({"epochs": None}, "needs epochs"),
+        ({"epochs": 1e300}, "at most 1000"),
         ({"batch_size": 0}, "batch_size of 1 or more"),
         ({"warmup": 1.0}, "warmup in [0, 1)"),
         ({"warmup": -0.1}, "warmup in [0, 1)"),

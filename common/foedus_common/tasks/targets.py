@@ -69,9 +69,9 @@ def layer_numbers(layers: str, depth: int) -> list[int]:
             if first == "all" and not last:
                 numbers.update(range(depth))
             elif first == "last":
-                numbers.update(range(depth - int(last), depth))
-            else:
-                numbers.update(range(int(first), int(last or first) + 1))
+                numbers.update(range(max(-1, depth - int(last)), depth))
+            else:  # a number beyond the last stands for all beyond: a plan must not fill the memory with them
+                numbers.update(range(min(depth, int(first)), min(depth, int(last or first)) + 1))
     except ValueError:
         raise LocalError(
             f'[adapter] layers is {layers!r}; write "all", numbers such as "0-2,5", or "last-4".'

@@ -95,7 +95,11 @@ def test_layers(layers: str, numbers: list[int]) -> None:
     assert layer_numbers(layers, 4) == numbers
 
 
-@pytest.mark.parametrize("layers", ["", "first", "4", "0-4", "2-1", "-1", "1;2", "last", "last-5", "last-0", "all-1"])
+NO_LAYERS = ["", "first", "4", "0-4", "2-1", "-1", "1;2", "last", "last-5", "last-0", "all-1"]
+BEYOND_MEMORY = ["0-99999999999", "last-99999999999", "0,99999999999"]
+
+
+@pytest.mark.parametrize("layers", [*NO_LAYERS, *BEYOND_MEMORY])
 def test_layers_that_are_not_there_are_refused(layers: str) -> None:
     with pytest.raises(LocalError, match="layers is"):
         layer_numbers(layers, 4)
