@@ -12,7 +12,7 @@ from typing import NamedTuple
 from foedus_common.errors import LocalError, Reason, RemoteError
 
 MAX_COHORT = 128
-"""The complete graph ends here; random cohorts for larger federations are not in v1."""
+"""The complete graph ends here; larger rounds are split into several cohorts (`draw`)."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,7 @@ def thresholds(sites: int, colluding: int) -> Thresholds:
     split. LocalError where a cohort cannot be safe: n = 2 (the sum would reveal the other site), c too large, n > 128.
     """
     if sites > MAX_COHORT:
-        raise LocalError(
-            f"a cohort has at most {MAX_COHORT} sites in protocol v1, not {sites}; "
-            "random cohorts of larger federations are planned"
-        )
+        raise LocalError(f"a cohort has at most {MAX_COHORT} sites, not {sites}; a larger round is drawn into several")
     if sites < 3:
         raise LocalError(
             f"a cohort needs at least 3 sites, not {sites}: a sum of two would reveal the other site's part"
