@@ -258,7 +258,7 @@ class Draw:
 
 @attack("more sites than share a sum, and no draw", Reason.COHORT_SIZE)
 def no_draw(cheat: Cheat) -> str:
-    config = cheat.config((*COHORT, "mole-2"))
+    config = cheat.config((*COHORT, "mole-2", "mole-3"))
     cheat.attempt(config).ask(VICTIM, 0, config)
     return VICTIM
 

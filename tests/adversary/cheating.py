@@ -59,7 +59,7 @@ MOLES = (MOLE, "mole-2", "mole-3", "mole-4")
 POLICY = SitePolicy(max_epsilon_per_day=1e6, max_epsilon_lifetime=1e6, require_approval=False)
 COHORT = (*HONEST, MOLE)
 """n = 5 and c = 1: t = 4 and m_min = 3."""
-LARGEST_COHORT = 5
+LARGEST_COHORT = 6
 """What 128 is in a release: rounds of more sites are drawn here. Nothing that a coordinator can say changes it."""
 
 
