@@ -8,6 +8,7 @@ nothing of data, labels beyond their number, or training.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -87,7 +88,16 @@ def load_encoder(
     for module in adapted.modules():
         if type(module).__name__ == "Linear4bit" and not list(module.children()):
             module.train()  # else bitsandbytes packs it for CPUs with AVX-512, and then knows no backward pass
+    _return_freed_memory()
     return adapted
+
+
+def _return_freed_memory() -> None:
+    """Loading frees a copy of the weights in pieces between what stays; glibc keeps them, and training's larger tensors
+    do not fit into them (malloc_trim(3)). Other C libraries have no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
