@@ -17,6 +17,12 @@ from foedus_common.errors import LocalError
 from foedus_common.plan import TRAINER_VERSION, AgreedPlan
 from foedus_common.privacy import accounting
 
+RARELY = 1e-3
+"""What a plan may spend at delta it may spend three times, and one more, at this part of delta. Else it could draw rows
+so rarely that showing them plainly is within delta, and call that an epsilon of 0 (docs/privacy.md)."""
+LEAST_DELTA = 1e-11
+"""That the accounting can tell from nothing."""
+
 
 @dataclass(frozen=True)
 class SitePolicy:
@@ -163,6 +169,8 @@ def _about_privacy(agreed: AgreedPlan, policy: SitePolicy, account: Account | No
             f"The plan can spend epsilon {epsilon:.4g} at delta {policy.delta:g}, and [policy] max_epsilon_per_run is "
             f"{policy.max_epsilon_per_run:.4g}."
         )
+    else:
+        yield from _about_rare_draws(commitment, policy)
     of_a_round = max(accounting.epsilon([event], policy.delta) for event in commitment.events)
     if of_a_round > policy.max_epsilon_per_day:
         yield (
@@ -171,3 +179,13 @@ def _about_privacy(agreed: AgreedPlan, policy: SitePolicy, account: Account | No
         )
     if account and capped(agreed, policy, account) and not account.admits(commitment, policy.budget):
         yield beyond(account, commitment, policy.budget)
+
+
+def _about_rare_draws(commitment: Commitment, policy: SitePolicy) -> Iterator[str]:
+    rare, bound = max(policy.delta * RARELY, LEAST_DELTA), 3 * policy.max_epsilon_per_run + 1
+    epsilon = commitment.epsilon(rare)
+    if epsilon > bound:
+        yield (
+            f"The plan hides behind delta: at {rare:g} instead of {policy.delta:g} it can spend epsilon {epsilon:.4g}, "
+            f"and {bound:.4g} is the most there; it draws rows rarely, and shows those with too little noise."
+        )

@@ -22,6 +22,18 @@ from plans import agreed_plan, by_site
 MODEL = "a" * 64
 PLAN = agreed_plan()
 EPSILON = accounting.epsilon(accounting.events_of(PLAN), 1e-5)
+RARE = replace(
+    agreed_plan(
+        **{
+            f"phase__{phase}__{key}": value
+            for phase in (0, 1)
+            for key, value in {"sampling_rate": 1e-6, "rounds": 1}.items()
+        },
+        secure_aggregation__retries=0,
+    ),
+    noise_multipliers=(0.13, 0.13),
+)
+"""Five draws of one row in a million, and then with hardly any noise: at a delta of 1e-5 that is an epsilon of 0."""
 UNTRUE = replace(PLAN, noise_multipliers=(1.0, 1.0))
 ROUND = max(accounting.epsilon([accounting.event_of_phase(PLAN, phase)], 1e-5) for phase in (0, 1))
 ROOMY = {"max_epsilon_per_run": 900.0, "max_epsilon_per_day": 900.0, "max_epsilon_lifetime": 900.0}
@@ -67,6 +79,7 @@ EXCEEDED: list[tuple[str, dict[str, Any], str]] = [
     ("tasks", {"policy": {"tasks": ()}}, "not among \\[policy\\] tasks"),
     ("max_rank", {"policy": {"max_rank": 3}}, "rank 4, and \\[policy\\] max_rank is 3"),
     ("allow_without_privacy", {"plan": BARE}, "allow_without_privacy is false"),
+    ("hidden behind delta", {"plan": RARE}, "hides behind delta: at 1e-08"),
     ("stated epsilon", {"plan": UNTRUE, "policy": ROOMY}, "its noise gives"),
     ("trainer", {"plan": replace(PLAN, trainer_version="foedus-trainer/0")}, "foedus-trainer/0"),
     ("model here", {"facts": {"models": frozenset()}}, "foedus-site model add"),
