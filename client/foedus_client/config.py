@@ -41,7 +41,7 @@ class SiteSettings(Computing):
     coordinator, enrolment: "host:port" of its two ports; "" for those in the token. proxy: "http://host:port" through
     which both are reached; "" for what the environment's https_proxy and no_proxy say. authorities: a PEM file of those
     that, besides the federation's own, may vouch for the coordinator. max_storage_gb: of adapters and vectors, in 10^9
-    bytes; above it nothing is downloaded.
+    bytes; above it nothing is downloaded. max_trainers: processes that hold a model, however many runs there are.
     """
 
     coordinator: str = ""
@@ -49,6 +49,7 @@ class SiteSettings(Computing):
     proxy: str = field(default="", repr=False)  # it may hold a password
     authorities: str = ""
     max_storage_gb: float = 16.0
+    max_trainers: int = 2
     policy: SitePolicy = field(default_factory=SitePolicy)
 
     def __post_init__(self) -> None:
@@ -59,6 +60,8 @@ class SiteSettings(Computing):
             check_proxy(self.proxy)
         if not 0 < self.max_storage_gb < 1e9:
             raise LocalError("max_storage_gb must be above 0.")
+        if self.max_trainers < 1:
+            raise LocalError("max_trainers must be 1 or more.")
 
     def to_toml(self) -> str:
         """The file that `foedus-site join` writes. A JSON text is a TOML text too."""
@@ -75,6 +78,7 @@ class SiteSettings(Computing):
             f"tokens_per_batch = {self.tokens_per_batch}  # 0: 2048 on a CPU, on a GPU as many as fit\n"
             f"threads = {self.threads}  # 0: as many as there are cores\n"
             f"niceness = {self.niceness}  # 0 to 19: how far training stands back for other programs\n"
+            f"max_trainers = {self.max_trainers}  # that hold a model at a time; with more runs they take turns\n"
             f"max_storage_gb = {self.max_storage_gb}  # of adapters and vectors; above it nothing is downloaded\n"
             "\n"
             "[policy]  # a plan above any of these is refused\n"

@@ -73,6 +73,7 @@ class Daemon:
             objects=objects,
             courier=self._link,
             open_trainer=self._open_trainer,
+            max_trainers=home.settings.max_trainers,
             clock=clock,
             random=random,
         )

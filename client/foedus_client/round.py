@@ -32,6 +32,7 @@ from foedus_client.ledger.accounts import Commitment
 from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
+from foedus_client.training.turns import Turns
 from foedus_common.allowance import Allowance
 from foedus_common.clock import Clock
 from foedus_common.errors import FoedusError, LocalError, PolicyRefusal, Reason, RemoteError
@@ -112,6 +113,7 @@ class Site:
     open_trainer: Callable[[AgreedPlan], Trainer]
     clock: Clock
     random: RandomBytes
+    max_trainers: int = 2
     pausing: threading.Event = field(default_factory=threading.Event)
     stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -122,7 +124,7 @@ class SiteRounds:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._sessions: dict[int, tuple[m.AttemptId, SiteSession, SiteState]] = {}
-        self._trainers: dict[int, Trainer] = {}
+        self._trainers = Turns(site.open_trainer, site.max_trainers)
         self._training: set[int] = set()
         self._arriving: dict[int, ObjectRef] = {}
         self._reading_roster = threading.Lock()
@@ -222,10 +224,10 @@ class SiteRounds:
             return  # made before and never masked: the stored vector serves
         path = self._fetch(header.run_id, adapter)
         try:
-            trainer = self._trainer(agreed)
-            trainer.open()  # a missing device or too little memory for the model costs no charge
-            charge = site.ledger.reserve_round(header.run_id, header.round, site.policy.budget)  # on disk, before data
-            update = trainer.train(path, adapter.sha256, round_plan)
+            with self._trainers.trainer(agreed) as trainer:
+                trainer.open()  # a missing device or too little memory for the model costs no charge
+                charge = site.ledger.reserve_round(header.run_id, header.round, site.policy.budget)  # before any data
+                update = trainer.train(path, adapter.sha256, round_plan)
         finally:  # whatever came of it: a coordinator could offer another adapter every minute
             if adapter.sha256 != agreed.first_adapter_sha256:  # which another run may be starting from, too
                 site.objects.delete(adapter)
@@ -266,11 +268,6 @@ class SiteRounds:
 
     def _lies_here(self, vector: m.VectorRef) -> bool:
         return self._site.objects.has(ObjectRef(vector.digest.hex(), vector.size))
-
-    def _trainer(self, agreed: AgreedPlan) -> Trainer:
-        if agreed.run_id not in self._trainers:
-            self._trainers[agreed.run_id] = self._site.open_trainer(agreed)
-        return self._trainers[agreed.run_id]
 
     # --- The cryptographic stages ---
 
@@ -386,8 +383,7 @@ class SiteRounds:
         self._sessions.pop(run_id, None)
         if adapter := self._arriving.pop(run_id, None):
             self._site.objects.delete(adapter)
-        if trainer := self._trainers.pop(run_id, None):
-            trainer.stop()
+        self._trainers.stop(run_id)
 
     @property
     def training(self) -> bool:
@@ -402,8 +398,7 @@ class SiteRounds:
     def stop(self) -> None:
         """The daemon goes down: trainers end; everything that matters is on disk."""
         self._site.stopping.set()
-        for trainer in list(self._trainers.values()):
-            trainer.stop()
+        self._trainers.close()
 
     # --- Refusals ---
 

@@ -59,6 +59,7 @@ def test_settings_read_back_as_they_were_written(tmp_path: Path) -> None:
         proxy="http://ada:secret@proxy:3128",
         authorities="ca.pem",
         max_storage_gb=0.5,
+        max_trainers=3,
         device="cuda:1",
         dtype="bfloat16",
         base_weights="4bit",
@@ -97,6 +98,7 @@ def test_making_a_home_again_keeps_what_people_wrote(tmp_path: Path) -> None:
         ("threads = -1\n", "threads"),
         ("niceness = 20\n", "niceness"),
         ("max_storage_gb = 0.0\n", "must be above 0"),
+        ("max_trainers = 0\n", "must be 1 or more"),
         ("device = ", "not valid TOML"),
     ],
 )

@@ -378,7 +378,7 @@ def test_nothing_that_was_received_is_executed(finished: Federation, events: lis
 
 def test_a_site_starts_its_trainer_and_nothing_else(finished: Federation, events: list[list[Any]]) -> None:
     started = [what for _, event, *what in events if event in STARTING]
-    assert started == [[sys.executable, str([sys.executable, "-m", "foedus_client.training.trainer"])]]
+    assert started == [[sys.executable, str([sys.executable, "-P", "-m", "foedus_client.training.trainer"])]]
 
 
 def test_the_audit_saw_the_round(finished: Federation, events: list[list[Any]]) -> None:
