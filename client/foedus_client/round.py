@@ -435,7 +435,7 @@ def encoded(
     the plan's `update_bound`.
     """
     match agreed.plan.privacy.unit:
-        case "record" if agreed.plan.linear(round_plan.phase):
+        case "record" if agreed.linear(round_plan.phase):
             return layout.pack(layout.whole_steps(update))
         case "record":
             return layout.encode(update, random)

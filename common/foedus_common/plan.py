@@ -25,6 +25,9 @@ TRAINER_VERSION = "foedus-trainer/3"
 """Names the arithmetic of local training; sites of another version are not in the same round. What a site decides for
 itself (device, precision, how the base is held) is no part of it: docs/decisions/0012."""
 
+ROUNDED_AFTER_THE_NOISE = ("foedus-trainer/1", "foedus-trainer/2")
+"""Trainers before rounds of one step were sent as they were noised: what is said of their runs stays what it was."""
+
 MAX_PLAN_BYTES = 128 * 1024
 MAX_ROUNDS = 10_000
 MAX_STEPS = 1_000_000
@@ -173,11 +176,6 @@ class RunPlan:
     @property
     def rounds(self) -> int:
         return sum(phase.rounds for phase in self.phase)
-
-    def linear(self, phase: int) -> bool:
-        """Whether a round of the phase (number from 0) uploads one noised sum of gradients as it is, so that in a
-        secure sum the noises of all sites add up."""
-        return self.privacy.unit == "record" and self.phase[phase].steps == 1
 
 
 def read_plan(path: Path) -> RunPlan:
@@ -382,6 +380,12 @@ class AgreedPlan:
     def size(self, phase: int) -> int:
         """d: how many numbers are trained in a phase."""
         return sum(part.length for part in self.trained[phase])
+
+    def linear(self, phase: int) -> bool:
+        """Whether a round of the phase (number from 0) uploads one noised sum of gradients as it is, so that in a
+        secure sum the noises of all sites add up (docs/decisions/0028)."""
+        one_step = self.plan.privacy.unit == "record" and self.plan.phase[phase].steps == 1
+        return one_step and self.trainer_version not in ROUNDED_AFTER_THE_NOISE
 
     def releases(self, phase: int) -> int:
         """Rounds of a phase, plus the retries if it is the phase whose release costs most (protocol.md section 2)."""

@@ -43,7 +43,7 @@ def half_range(agreed: AgreedPlan, round_plan: RoundPlan, group: Group) -> float
         case "record":
             steps, divisor = settings.steps or 0, privacy.divisor or 1
             step = round_plan.learning_rate(group) / round_plan.scale(group)
-            if agreed.plan.linear(round_plan.phase):
+            if agreed.linear(round_plan.phase):
                 unit = privacy.clip / noise_grid(agreed, round_plan.phase).units
                 return step * _field_steps(agreed) * unit / divisor
             noise = tail(agreed) * agreed.noise_multipliers[round_plan.phase] * privacy.clip / divisor
@@ -73,7 +73,7 @@ def noise_grid(agreed: AgreedPlan, phase: int) -> NoiseGrid:
     fields are too narrow for a sum.
     """
     multiplier = agreed.noise_multipliers[phase]
-    if not agreed.plan.linear(phase):
+    if not agreed.linear(phase):
         return fine_grid(multiplier)
     deviations, divisor = tail(agreed), agreed.plan.privacy.divisor or 1
     units = min(GRID, int((_field_steps(agreed) - deviations - 1) / (divisor + deviations * multiplier)))

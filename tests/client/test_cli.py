@@ -155,6 +155,18 @@ def test_a_plan_above_policy_is_refused_with_its_reasons(site: Site) -> None:
     assert site("decline", "nothing").code == 2
 
 
+def test_whoever_decides_reads_which_epsilon_counts_and_why_another_may_be_smaller(site: Site) -> None:
+    site.receives(phase__0__steps=1, phase__1__steps=1)
+    (plan,) = site("plans", "--json").json
+    central, unit = plan["central"].split(" per ")
+    assert unit == "record"
+    assert float(central) < plan["epsilon"]
+    shown = " ".join(site("plans").out.split())
+    assert "epsilon_central is smaller because the coordinator sees only totals of each round" in shown
+    assert plan["about_epsilons"] in shown
+    assert "by this site's own noise alone (epsilon_local)" in " ".join(site("ledger").out.split())
+
+
 def test_an_approval_says_who_what_how_much_and_until_when(site: Site) -> None:
     agreed = site.receives()
     assert "write days or hours" in site("approve", "7", "--expires", "tomorrow").err

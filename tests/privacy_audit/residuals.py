@@ -69,7 +69,7 @@ def residuals(specimen: Specimen, released: Sequence[Release]) -> list[Residuals
 def _of_phase(specimen: Specimen, released: Sequence[Release]) -> Residuals:
     agreed, rows, settings = specimen.agreed, specimen.trainer.rows, released[0].round_plan.settings
     phase, clip = released[0].round_plan.phase, agreed.plan.privacy.clip
-    whole = noise_grid(agreed, phase).units if agreed.plan.linear(phase) else GRID
+    whole = noise_grid(agreed, phase).units if agreed.linear(phase) else GRID
     noise, signal, off_grid, sizes = [], [], [], []
     for release in released:
         factors = step_factors(agreed, release.round_plan)
@@ -103,7 +103,7 @@ def deviations(agreed: AgreedPlan, round_plan: RoundPlan, sums: int, encodings: 
     The encoding rounds at random: a fraction f of its step, itself uniform, has the variance E[f (1 - f)] = 1/6. What
     is one step is encoded as it is.
     """
-    if agreed.plan.linear(round_plan.phase):
+    if agreed.linear(round_plan.phase):
         encodings = 0
     noise = agreed.noise_multipliers[round_plan.phase] * agreed.plan.privacy.clip
     layout = field_layout(agreed, round_plan)

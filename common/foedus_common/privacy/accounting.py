@@ -74,7 +74,7 @@ def event_of_phase(agreed: AgreedPlan, phase: int, view: View = "row") -> Gaussi
     Raises LocalError for a plan without privacy, or whose noise cannot be drawn.
     """
     if agreed.plan.privacy.unit == "record" and not noise_grid(agreed, phase).drawable:
-        if agreed.plan.linear(phase):
+        if agreed.linear(phase):
             raise no_room(agreed)
         raise LocalError(f"The plan {agreed.plan.run.name!r} has less noise in a phase than can be drawn, or more.")
     return _event(agreed, phase, view)
@@ -90,7 +90,7 @@ def _event(agreed: AgreedPlan, phase: int, view: View) -> GaussianSteps:
     settings = agreed.plan.phase[phase]
     match agreed.plan.privacy.unit:
         case "record":
-            noises = honest_sites(agreed) if view == "central" and agreed.plan.linear(phase) else 1
+            noises = honest_sites(agreed) if view == "central" and agreed.linear(phase) else 1
             worth = accounted_multiplier(noise_grid(agreed, phase), agreed.size(phase), noises)
             return GaussianSteps(worth, settings.sampling_rate or 0.0, settings.steps or 0)
         case "site":

@@ -14,7 +14,7 @@ def about_epsilons(agreed: AgreedPlan) -> str:
     plan = agreed.plan
     if not plan.privacy.on:
         return ""
-    linear = [number for number in range(len(plan.phase)) if plan.linear(number)]
+    linear = [number for number in range(len(plan.phase)) if agreed.linear(number)]
     if plan.privacy.unit == "record" and not linear:
         return (
             "Both epsilons are the same: no phase has one step a round, so that what a site sends is not a single "

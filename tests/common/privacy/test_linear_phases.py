@@ -22,7 +22,7 @@ from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.privacy import noise
 from foedus_common.privacy.accounting import calibrate, epsilon, epsilons, event_of_phase, events_of
-from foedus_common.privacy.noise import GRID, NoiseGrid, accounted_multiplier, noised_sum
+from foedus_common.privacy.noise import GRID, NoiseGrid, accounted_multiplier, fine_grid, noised_sum
 from foedus_common.protocol.masks import Words
 from foedus_common.ranges import half_range, honest_sites, noise_grid, tail
 from foedus_common.tasks.private_training import private_update
@@ -239,6 +239,18 @@ def test_nothing_is_claimed_for_a_phase_of_several_steps() -> None:
     assert several is not None
     assert found.central < found.local
     assert several.central == several.local
+
+
+def test_runs_of_an_earlier_trainer_keep_their_account() -> None:
+    """They rounded after the noise, and their fields may be narrower than would be agreed to now."""
+    agreed = linear_plan(secure_aggregation__field_bits=12)
+    earlier = dataclasses.replace(agreed, trainer_version="foedus-trainer/2")
+    found = epsilons(earlier)
+    assert found is not None
+    assert found.central == found.local
+    assert event_of_phase(earlier, 0).noise_multiplier == accounted_multiplier(fine_grid(4.0), 60)
+    with pytest.raises(LocalError, match="leaves no room"):
+        epsilons(agreed)
 
 
 def test_retries_count_where_a_release_costs_most_to_each_view() -> None:
