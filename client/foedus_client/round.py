@@ -369,9 +369,10 @@ class SiteRounds:
         envelope = self._open(request)
         header, site = envelope.header, self._site
         stored = site.store.plan(header.binding)
-        if isinstance(envelope.message, m.RunEnded) and stored and stored.run_id == header.run_id:
-            self._let_go(header.run_id)
-        if isinstance(envelope.message, m.RunEnded) and stored and stored.state == "approved":
+        if not isinstance(envelope.message, m.RunEnded) or stored is None or stored.run_id != header.run_id:
+            return self._answer(header, m.Ready())
+        self._let_go(header.run_id)
+        if stored.state == "approved":
             end = envelope.message.end
             site.ledger.close_run(header.run_id)
             site.store.decide_plan(stored.digest, "finished" if end == m.End.FINISHED else "stopped", by="coordinator")

@@ -150,8 +150,8 @@ class World:
         assert isinstance(answer, m.JournalHeads)
         return answer.own
 
-    def end(self, how: m.End) -> None:
-        assert self._ask(self.rounds.end, self.agreed.digest(), m.RunEnded(how)) == m.Ready()
+    def end(self, how: m.End, run_id: int = RUN) -> None:
+        assert self._ask(self.rounds.end, self.agreed.digest(), m.RunEnded(how), run_id=run_id) == m.Ready()
 
     def propose_run(self, run_id: int) -> m.FromSite:
         """Another run of the same plan."""
@@ -310,6 +310,16 @@ def test_a_run_that_is_stopped_and_proposed_again_does_not_get_rid_of_what_a_per
     consent = world.ledger.run(RUN).consent
     assert consent is not None
     assert (consent.by, consent.epsilon_cap) == ("ada", 0.5)
+
+
+def test_a_run_does_not_end_under_another_s_number(world: World) -> None:
+    """Its plan would be over, and what it reserved would stay reserved for good."""
+    agreed = world.approve()
+    for run_id, state, held in ((RUN + 1, "approved", True), (RUN, "finished", False)):
+        world.end(m.End.FINISHED, run_id)
+        stored = world.store.plan(agreed.digest())
+        assert stored is not None
+        assert (stored.state, world.ledger.run(RUN).open) == (state, held)
 
 
 def test_no_head_of_the_journal_confirms_a_guess_of_why_a_plan_was_declined(world: World) -> None:
