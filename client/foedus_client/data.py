@@ -1,4 +1,4 @@
-"""A site's rows: read from CSV, TSV, JSONL or Parquet, every row checked, and never quoted.
+"""A site's rows: read from CSV, TSV, JSONL, Parquet or SQLite, every row checked, and never quoted.
 
 Errors name the file, the row and the column; a value from the data stands in none of them, for they end in logs. All
 that can be wrong with a file is found when it is added, so that nothing about it shows during a run. Knows no plan and
@@ -14,8 +14,10 @@ import importlib
 import json
 import math
 import re
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,8 @@ class Survey:
 def read_rows(path: Path, text: str, label: str) -> list[tuple[str, str]]:
     """Every (text, label) of the file, in its order; labels without blanks around them.
 
-    text, label: column names (keys in JSONL). Raises LocalError with one sentence for the first row that cannot be
-    trained on, or for a file that cannot be read or has no rows.
+    text, label: column names (keys in JSONL; TABLE.COLUMN in SQLite where several tables have them). Raises LocalError
+    with one sentence for the first row that cannot be trained on, or for a file that cannot be read or has no rows.
     """
     if text == label:
         raise LocalError(f"Text and label are both read from column {text!r} of {path.name}; name two columns.")
@@ -141,7 +143,11 @@ def _records(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Record]]
             return _jsonl(path, columns)
         case ".parquet":
             return _parquet(path, columns)
-    raise LocalError(f"{path.name} is of no known format; its name must end in .csv, .tsv, .jsonl or .parquet.")
+        case ".sqlite" | ".sqlite3" | ".db":
+            return _sqlite(path, columns)
+    raise LocalError(
+        f"{path.name} is of no known format; its name must end in .csv, .tsv, .jsonl, .parquet or .sqlite."
+    )
 
 
 def _csv(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[tuple[int, Record]]:
@@ -195,6 +201,42 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Record]]
     except (ValueError, OSError):  # what pyarrow raises for a file that is none of its own
         raise LocalError(f"{path.name} is not a valid Parquet file.") from None
     yield from enumerate(records, start=1)
+
+
+def _sqlite(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
+    """A table or view of the file alone, of which the dataset's hash is: nothing is read from a log beside it."""
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and log.stat().st_size:
+        raise LocalError(f"{path.name} has changes that lie beside it still; close the program that writes it.")
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as db:
+            names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+            fields = {name: [row[1] for row in db.execute(f"PRAGMA table_info({_quoted(name)})")] for name in names}
+            table = _table(path, columns, fields)
+            selected = ", ".join(_quoted(column.rpartition(".")[2]) for column in columns)
+            for number, values in enumerate(db.execute(f"SELECT {selected} FROM {_quoted(table)}"), start=1):
+                yield number, dict(zip(columns, values, strict=True))
+    except sqlite3.Error:
+        raise LocalError(f"{path.name} is not a valid SQLite database, or not all of its text is UTF-8.") from None
+
+
+def _table(path: Path, columns: Sequence[str], fields: Mapping[str, Sequence[str]]) -> str:
+    """The one table with all the columns, each given as COLUMN or TABLE.COLUMN."""
+    wanted = [column.rpartition(".") for column in columns]
+    fitting = [
+        name
+        for name, has in fields.items()
+        if all(table in ("", name) and column in has for table, _, column in wanted)
+    ]
+    if len(fitting) > 1:
+        raise LocalError(f"{len(fitting)} tables of {path.name} have these columns; write them as TABLE.COLUMN.")
+    if not fitting:
+        raise LocalError(f"{path.name} has no table with all of these columns: {', '.join(columns)}; a view will do.")
+    return fitting[0]
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -9,6 +9,8 @@ import csv
 import importlib.util
 import io
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,7 @@ BAD: list[tuple[str, str, str | bytes, str]] = [
     ("truth as label", "d.jsonl", '{"note": "a", "chapter": true}\n', "neither text nor a whole number"),
     ("missing key", "d.jsonl", '{"notes": "a", "chapter": "b"}\n', "no column 'note'; did you mean 'notes'?"),
     ("only blank lines", "d.jsonl", "\n\n", "d.jsonl has no rows"),
-    ("unknown format", "d.xlsx", SECRET, "must end in .csv, .tsv, .jsonl or .parquet"),
+    ("unknown format", "d.xlsx", SECRET, "must end in .csv, .tsv, .jsonl, .parquet or .sqlite"),
 ]
 
 
@@ -163,3 +165,56 @@ def test_one_text_in_common_is_found_whatever_its_case_spacing_and_label(tmp_pat
 def test_labels_that_the_plan_lacks_are_counted() -> None:
     assert foreign_labels({"Eye": 3, "Ear": 2, "Skin": 1}, ("Eye", "Nose")) == {"Ear": 2, "Skin": 1}
     assert foreign_labels({"Eye": 3}, ("Eye", "Nose")) == {}
+
+
+def database(path: Path, *statements: str) -> Path:
+    with closing(sqlite3.connect(path)) as db:
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+    return path
+
+
+NOTES = (
+    "CREATE TABLE notes (id INTEGER, note TEXT, chapter TEXT)",
+    "INSERT INTO notes VALUES (1, 'a', 'Eye'), (2, 'b', 'Ear')",
+)
+
+
+def test_sqlite_is_read_as_csv_is(tmp_path: Path) -> None:
+    path = database(tmp_path / "d.sqlite", *NOTES, "CREATE TABLE people (name TEXT)")
+    same = write(tmp_path, "d.csv", "note,chapter\nb,Ear\na,Eye\n")
+    assert survey(path, "note", "chapter").rows_sha256 == survey(same, "note", "chapter").rows_sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.csv", "d.sqlite"]  # reading leaves nothing beside it
+
+
+def test_a_table_or_view_is_named_where_several_would_do(tmp_path: Path) -> None:
+    view = "CREATE VIEW eyes AS SELECT note, chapter FROM notes WHERE chapter = 'Eye'"
+    path = database(tmp_path / "d.db", *NOTES, view)
+    with pytest.raises(LocalError, match=r"2 tables of d\.db have these columns; write them as TABLE\.COLUMN"):
+        read_rows(path, "note", "chapter")
+    assert read_rows(path, "eyes.note", "eyes.chapter") == [("a", "Eye")]
+    for columns in (("note", "chapters"), ("notes.note", "eyes.chapter"), ('"; DROP TABLE notes', "chapter")):
+        with pytest.raises(LocalError, match="no table with all of these columns"):
+            read_rows(path, *columns)
+
+
+def test_a_bad_database_gets_one_sentence_that_quotes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(LocalError, match="not a valid SQLite database"):
+        read_rows(write(tmp_path, "d.sqlite", SECRET * 100), "note", "chapter")
+    gap = database(tmp_path / "gap.db", NOTES[0], f"INSERT INTO notes VALUES (1, '{SECRET}', NULL)")
+    with pytest.raises(LocalError, match=r"Row 1 of gap\.db has no value in column 'chapter'"):
+        read_rows(gap, "note", "chapter")
+    latin = database(tmp_path / "latin.db", NOTES[0], "INSERT INTO notes VALUES (1, CAST(x'61e9' AS TEXT), 'Eye')")
+    with pytest.raises(LocalError, match="not all of its text is UTF-8"):
+        read_rows(latin, "note", "chapter")
+
+
+def test_a_database_that_is_being_written_is_refused(tmp_path: Path) -> None:
+    path = database(tmp_path / "d.sqlite", "PRAGMA journal_mode=WAL", *NOTES)
+    assert len(read_rows(path, "note", "chapter")) == 2
+    with closing(sqlite3.connect(path)) as writer:
+        writer.execute("INSERT INTO notes VALUES (3, 'c', 'Eye')")
+        writer.commit()
+        with pytest.raises(LocalError, match="changes that lie beside it still"):
+            read_rows(path, "note", "chapter")

@@ -295,7 +295,7 @@ def model_list(context: typer.Context, as_json: Json = False) -> None:
 def data_add(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="What plans call the dataset.")],
-    file: Annotated[Path, typer.Argument(help="CSV, TSV, JSONL or Parquet; it stays where it is.")],
+    file: Annotated[Path, typer.Argument(help="CSV, TSV, JSONL, Parquet or SQLite; it stays where it is.")],
     column: Annotated[
         list[str] | None, typer.Option(help="Which column is which: text=COLUMN, label=COLUMN. Give it twice.")
     ] = None,
