@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -68,10 +69,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @pytest.fixture(scope="module")
-def trainer(site: Site) -> Iterator[TrainerProcess]:
-    """One real child for all tests; whoever finds it dead is given another."""
+def trainer(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerProcess]:
+    """One real child for all tests, started beside a module that would end it; whoever finds it dead gets another."""
+    folder = tmp_path_factory.mktemp("started-here")
+    (folder / "queue.py").write_text("import os; os._exit(3)")
     process = TrainerProcess(site.settings(), site.agreed)
-    yield process
+    with contextlib.chdir(folder):
+        yield process
     process.stop()
 
 
@@ -111,13 +115,10 @@ def test_rows_whose_label_the_plan_does_not_list_take_no_part(site: Site, labels
     assert len(trainer._local.rows) == (10 if "Eye" in labels else 0)
 
 
-def test_a_file_where_the_daemon_was_started_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_where_the_daemon_was_started_is_not_executed(trainer: TrainerProcess) -> None:
     """`python -m` looks for modules in the current folder first, which may be one that others write to."""
-    (tmp_path / "queue.py").write_text("import os; os._exit(3)")
-    monkeypatch.chdir(tmp_path)
-    child = trainer_process._start(1, None)
-    child.communicate()  # its parent's end is closed
-    assert child.returncode == 0
+    assert Path("queue.py").exists()
+    trainer.open()  # raises LocalError when the child ended
 
 
 class Harm:
