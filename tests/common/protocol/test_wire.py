@@ -239,7 +239,7 @@ class TestSignatures:
 
 
 def test_bytes_up_per_peer(federation):
-    """The five envelopes that a site sends in a round: at most 130 bytes for each peer, and 1 KiB besides, also for
+    """The five envelopes that a site sends in a round: 116 bytes for each peer, and less than 1 KiB besides, for
     the longest name, the largest run id, and more rounds and attempts than anybody will see."""
 
     def sent(sites: int) -> int:
@@ -249,7 +249,7 @@ def test_bytes_up_per_peer(federation):
         assert len(told) == 5
         longest = (
             replace(
-                wire.parse_envelope(each.envelope).header, run_id=2**63 - 1, round=255, attempt=255, source="x" * 40
+                wire.parse_envelope(each.envelope).header, run_id=2**63 - 1, round=65535, attempt=255, source="x" * 40
             )
             for each in told
         )
@@ -260,8 +260,8 @@ def test_bytes_up_per_peer(federation):
 
     few, many = sent(6), sent(12)
     each = (many - few) // 6
-    assert each <= 130
-    assert few - 5 * each <= 1024
+    assert each == 116
+    assert few - 5 * each == 1016
 
 
 def test_the_largest_messages_of_the_largest_cohort_fit():
