@@ -12,7 +12,9 @@ import importlib.util
 import io
 import json
 import shutil
+import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -266,8 +268,24 @@ def _of_models_and_data(workshop: Workshop) -> list[Target]:
         Target("rows in CSV", [csv], [lines(*ROW_WORDS)], workshop.given("rows.csv", rows)),
         Target("held-out rows", [csv], [lines(*ROW_WORDS)], workshop.given("held-out.csv", held_out)),
         Target("rows in JSONL", [jsonl], [lines(*ROW_WORDS), json_tree], workshop.given("rows.jsonl", rows)),
+        Target("rows in SQLite", _sqlite(workshop), [raw], workshop.given("rows.sqlite", rows)),
         *([Target("rows in Parquet", _parquet(), [raw], workshop.given("rows.parquet", rows))] if PYARROW else []),
     ]
+
+
+def _sqlite(workshop: Workshop) -> list[bytes]:
+    """A table; a view of one with an index."""
+    made = []
+    for number, more in enumerate(
+        ("", "CREATE VIEW seen AS SELECT text AS t, label AS l FROM rows; CREATE INDEX i ON rows (label)")
+    ):
+        path = workshop.folder / f"good-{number}.sqlite"
+        with closing(sqlite3.connect(path)) as db:
+            db.executescript(f"PRAGMA page_size = 512; CREATE TABLE rows (text TEXT, label TEXT); {more};")
+            db.executemany("INSERT INTO rows VALUES (?, ?)", [("one", "a"), ("two words", "b")])
+            db.commit()
+        made.append(path.read_bytes())
+    return made
 
 
 def _parquet() -> list[bytes]:

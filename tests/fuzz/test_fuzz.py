@@ -130,6 +130,10 @@ FOUND = {
         "transfers at a site",
         lambda: enc(pb.StatReply(received=2**64 - 1).SerializeToString(), b""),
     ),
+    "a table whose name is no UTF-8": (
+        "rows in SQLite",
+        lambda: TARGETS["rows in SQLite"].good[0].replace(b"tablerows", b"tabler\xa4ws"),
+    ),
     "a score that is a warning": ("scores", lambda: b"Some weights were newly initialized."),
     "a score that is a number": ("scores", lambda: b"1"),
 }
