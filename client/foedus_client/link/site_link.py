@@ -288,12 +288,12 @@ class SiteLink:
             body = _answered(self._app(self._message(request), self._context_for(request.run_id)))
             return pb.Reply(id=request.id, body=body)
         except FoedusError as error:
-            logger.error("%s of run %d failed: %s", request.message_type, request.run_id, error)
+            logger.error("%.40r of run %d failed: %s", request.message_type, request.run_id, error)
         except Exception as error:
             # Where and what kind, without the text: a library's text may quote data.
             where = "".join(traceback.format_tb(error.__traceback__))
             logger.error(
-                "%s of run %d failed: %s at\n%s", request.message_type, request.run_id, type(error).__name__, where
+                "%.40r of run %d failed: %s at\n%s", request.message_type, request.run_id, type(error).__name__, where
             )
         return pb.Reply(id=request.id, failure="The site's program failed; the log of the site says why.")
 
