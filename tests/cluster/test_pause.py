@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -25,8 +24,8 @@ def three(make_cluster: Callable[[Mapping[str, SitePolicy]], Cluster]) -> Iterat
         yield three
 
 
-def test_a_pause_ends_the_round_under_way_and_costs_the_run_nothing(three: Cluster, tmp_path: Path) -> None:
-    agreed, gate = three.submit(plan_of(rounds=3), run_id=1), tmp_path / "gate"
+def test_a_pause_ends_the_round_under_way_and_costs_the_run_nothing(three: Cluster) -> None:
+    agreed, gate = three.submit(plan_of(rounds=3), run_id=1), three.folder / "gate"
     daemon = three.start(OTHER, FOEDUS_HOLD=f"0:survivors:{gate}")
     until(lambda: masked(three, 1), 60, "the first round's vectors being masked")
     with closing(SiteStore(three.homes[OTHER] / "site.db", CLOCK)) as store:
