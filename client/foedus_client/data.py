@@ -210,7 +210,8 @@ def _sqlite(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
         raise LocalError(f"{path.name} has changes that lie beside it still; close the program that writes it.")
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as db:
-            names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+            tables = db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")
+            names = [name for (name,) in tables if isinstance(name, str)]  # a damaged file may have bytes there
             fields = {name: [row[1] for row in db.execute(f"PRAGMA table_info({_quoted(name)})")] for name in names}
             table = _table(path, columns, fields)
             selected = ", ".join(_quoted(column.rpartition(".")[2]) for column in columns)

@@ -199,6 +199,9 @@ def test_a_table_or_view_is_named_where_several_would_do(tmp_path: Path) -> None
             read_rows(path, *columns)
 
 
+NAME_OF_BYTES = "UPDATE sqlite_master SET name = CAST(name AS BLOB)"
+
+
 def test_a_bad_database_gets_one_sentence_that_quotes_nothing(tmp_path: Path) -> None:
     with pytest.raises(LocalError, match="not a valid SQLite database"):
         read_rows(write(tmp_path, "d.sqlite", SECRET * 100), "note", "chapter")
@@ -208,6 +211,9 @@ def test_a_bad_database_gets_one_sentence_that_quotes_nothing(tmp_path: Path) ->
     latin = database(tmp_path / "latin.db", NOTES[0], "INSERT INTO notes VALUES (1, CAST(x'61e9' AS TEXT), 'Eye')")
     with pytest.raises(LocalError, match="not all of its text is UTF-8"):
         read_rows(latin, "note", "chapter")
+    odd = database(tmp_path / "odd.db", *NOTES, "PRAGMA writable_schema = ON", NAME_OF_BYTES)
+    with pytest.raises(LocalError, match=r"odd\.db has no table with all of these columns"):
+        read_rows(odd, "note", "chapter")
 
 
 def test_a_database_that_is_being_written_is_refused(tmp_path: Path) -> None:
