@@ -217,7 +217,7 @@ def _sqlite(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
             selected = ", ".join(_quoted(column.rpartition(".")[2]) for column in columns)
             for number, values in enumerate(db.execute(f"SELECT {selected} FROM {_quoted(table)}"), start=1):
                 yield number, dict(zip(columns, values, strict=True))
-    except (sqlite3.Error, UnicodeDecodeError):  # the latter for its names and what it says of them
+    except (sqlite3.Error, UnicodeDecodeError, MemoryError):  # names that are no text; a field that claims to be huge
         raise LocalError(f"{path.name} is not a valid SQLite database, or not all of its text is UTF-8.") from None
 
 

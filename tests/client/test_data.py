@@ -211,6 +211,10 @@ def test_a_bad_database_gets_one_sentence_that_quotes_nothing(tmp_path: Path) ->
     latin = database(tmp_path / "latin.db", NOTES[0], "INSERT INTO notes VALUES (1, CAST(x'61e9' AS TEXT), 'Eye')")
     with pytest.raises(LocalError, match="not all of its text is UTF-8"):
         read_rows(latin, "note", "chapter")
+    with pytest.raises(LocalError, match="not a valid SQLite database"):
+        read_rows(
+            Path(__file__).with_name("damaged.sqlite"), "text", "label"
+        )  # of a length that SQLite cannot allocate
     odd = database(tmp_path / "odd.db", *NOTES, "PRAGMA writable_schema = ON", NAME_OF_BYTES)
     with pytest.raises(LocalError, match=r"odd\.db has no table with all of these columns"):
         read_rows(odd, "note", "chapter")
