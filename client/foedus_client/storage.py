@@ -9,11 +9,10 @@ or it was among the last that ended (`foedus_client.store.plans`).
 from __future__ import annotations
 
 from foedus_client.store import OVER, SiteStore, StoredPlan
-from foedus_common.clock import Clock
+from foedus_common.clock import DAY, Clock
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
 
-DAY = 86_400.0
 PARTIAL_DAYS, STOPPED_DAYS = 1, 30
 """How long what was downloaded in part, and what a stopped run left, is kept for going on with it."""
 

@@ -24,13 +24,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from foedus_common.clock import utc
+from foedus_common.clock import DAY, utc
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import check_site_name
 from foedus_common.private_files import read_private
 from foedus_common.randomness import RandomBytes
 
-DAY = 86_400
 SITE_DAYS = 90
 SERVER_DAYS = 397
 AUTHORITY_DAYS = 3_650

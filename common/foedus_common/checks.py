@@ -16,8 +16,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from foedus_common.certificates import DAY
-from foedus_common.clock import iso
+from foedus_common.clock import DAY, iso
 from foedus_common.errors import FoedusError, LocalError
 from foedus_common.terminal import console, print_json
 

@@ -6,6 +6,9 @@ import time
 from datetime import UTC, datetime
 from typing import Protocol
 
+DAY = 86_400
+"""Seconds."""
+
 
 class Clock(Protocol):
     """Seconds since the Unix epoch, and seconds that never go backwards."""

@@ -25,7 +25,6 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from foedus_common.certificates import (
-    DAY,
     Authority,
     generate_tls_key,
     issued_by,
@@ -35,7 +34,7 @@ from foedus_common.certificates import (
     read_tls_key,
     tls_key_pem,
 )
-from foedus_common.clock import Clock
+from foedus_common.clock import DAY, Clock
 from foedus_common.enrolment import check_address
 from foedus_common.errors import LocalError
 from foedus_common.identity import generate_key, public_bytes, public_pem, read_key, read_public_key, write_key

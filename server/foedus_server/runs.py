@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from foedus_common.adapters import AdapterSpec, adapter_bytes, load_adapter, parse_spec, save_adapter
 from foedus_common.checkpoints import Notary
-from foedus_common.clock import Clock
+from foedus_common.clock import DAY, Clock
 from foedus_common.errors import FoedusError, LocalError, Reason, RemoteError
 from foedus_common.identity import Roster, SignedPlan, SignedRoster
 from foedus_common.link.contents import body_of
@@ -26,7 +26,7 @@ from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_server.aggregation import ServerOptimizer
 from foedus_server.config import Patience
-from foedus_server.link.grid import DAY, LinkStopping
+from foedus_server.link.grid import LinkStopping
 from foedus_server.rounds import STAGE_NAMES, Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
 from foedus_server.store import Attempt, DatabaseAway, Run, RunState, Store
 

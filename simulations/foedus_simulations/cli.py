@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,7 +170,6 @@ def check_labels(plan: RunPlan, rows: Sequence[Row]) -> None:
 
 def played(study: Study, plan_file: Path, model: Path) -> reports.Report:
     """Runs the plan over the study's sites, then what it is compared with, and measures all of it."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take cores from whatever else runs here
     from foedus_common.tasks.text_classification import TextClassifier  # torch takes seconds to import
     from foedus_simulations.alone import Comparison, Judges, compare, pairs
     from foedus_simulations.federation import simulate as run

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,10 +34,6 @@ from foedus_simulations.report_screen import show
 from foedus_simulations.stopwatch import Stopwatch
 
 HELD_OUT = Path("data") / "held-out.csv"
-
-QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait for one another sleep. Spinning, they take the cores from the other parties on this machine: nine
-times the wall time for features, measured on two busy cores."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +290,6 @@ def main() -> int:
     parser.add_argument("--privacy", choices=("on", "off"), default="on", help="off: the same without DP")
     parser.add_argument("--data", choices=("icd", "credit"), default="icd", help="hospitals, or bank branches")
     arguments = parser.parse_args()
-    os.environ.update(QUIET_THREADS)  # before torch is loaded, here and in the processes of all parties
     try:
         playing = edition(arguments.data, arguments.privacy == "on", arguments.small)
         report = demo(arguments.folder.absolute(), playing)

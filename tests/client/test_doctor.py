@@ -18,9 +18,8 @@ from foedus_client.ledger.accounts import Budget
 from foedus_client.ledger.high_water import HighWater, Mark, mark_name
 from foedus_client.ledger.ledger import Ledger
 from foedus_client.store import SiteStore
-from foedus_common.certificates import DAY
 from foedus_common.checks import Finding
-from foedus_common.clock import ManualClock
+from foedus_common.clock import DAY, ManualClock
 from foedus_common.errors import LocalError
 from known_sites import join_site
 from operators import Operator

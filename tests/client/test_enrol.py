@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import load_pem_x509_certificate
 
 from foedus_client.enrol import Membership, join
-from foedus_common.certificates import DAY, fingerprint_of
+from foedus_common.certificates import fingerprint_of
+from foedus_common.clock import DAY
 from foedus_common.enrolment import Refused, Token, reply_to_bytes
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import Roster, RosterSite, SignedRoster, generate_key

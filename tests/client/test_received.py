@@ -23,12 +23,12 @@ from foedus_client.approval import Approval
 from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.round import MAX_ATTEMPTS, ObjectVectors, Site, SiteRounds
-from foedus_client.storage import DAY, sweep
+from foedus_client.storage import sweep
 from foedus_client.store import SiteStore
 from foedus_common.adapters import save_adapter
 from foedus_common.canonical import digest, labelled, sha256_hex
 from foedus_common.checkpoints import statement
-from foedus_common.clock import ManualClock
+from foedus_common.clock import DAY, ManualClock
 from foedus_common.errors import LocalError, Reason
 from foedus_common.identity import MAX_ROSTER_BYTES, SignedRoster, generate_key
 from foedus_common.journal import Checkpoint, next_entry

@@ -10,7 +10,7 @@ import pytest
 
 from foedus_client.enrol import Call, Membership, join
 from foedus_client.link.renewal import WARN_DAYS, Renewal
-from foedus_common.certificates import DAY
+from foedus_common.clock import DAY
 from foedus_common.errors import LocalError
 from operators import Operator
 

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foedus_common.certificates import (
-    DAY,
     MAX_CERTIFICATE_BYTES,
     Authority,
     check_request,
@@ -30,7 +29,7 @@ from foedus_common.certificates import (
     site_of,
     tls_key_pem,
 )
-from foedus_common.clock import SystemClock
+from foedus_common.clock import DAY, SystemClock
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import generate_key, write_key
 from foedus_common.private_files import create_private

@@ -21,8 +21,8 @@ from foedus_client.enrol import Membership, join
 from foedus_client.ledger.ledger import KEY
 from foedus_client.link.site_link import admission
 from foedus_client.store import SiteStore
-from foedus_common.certificates import DAY, fingerprint_of, pem
-from foedus_common.clock import SystemClock
+from foedus_common.certificates import fingerprint_of, pem
+from foedus_common.clock import DAY, SystemClock
 from foedus_common.errors import LocalError
 from foedus_common.link.transport import TlsIdentity
 from foedus_common.randomness import system_random

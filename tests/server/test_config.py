@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from foedus_common.certificates import DAY
-from foedus_common.clock import ManualClock
+from foedus_common.clock import DAY, ManualClock
 from foedus_common.errors import LocalError
 from foedus_common.identity import public_bytes
 from foedus_server.config import Home, Link, Settings, create_root_key, home_path, init

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from foedus_common.adapters import save_adapter
-from foedus_common.certificates import DAY
 from foedus_common.checks import Finding
-from foedus_common.clock import ManualClock
+from foedus_common.clock import DAY, ManualClock
 from foedus_common.objects import ObjectStore
 from foedus_server.cli import doctor
 from foedus_server.config import Link, Settings

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from foedus_common.certificates import DAY, fingerprint_of, issued_by, parse_certificate, pem
+from foedus_common.certificates import fingerprint_of, issued_by, parse_certificate, pem
+from foedus_common.clock import DAY
 from foedus_common.enrolment import Approved, EnrolRequest, Refused, Waiting, reply_from_bytes
 from foedus_common.errors import LocalError, Reason, RemoteError
 from foedus_common.identity import SignedRoster, generate_key

@@ -1,6 +1,6 @@
 """The commands of `foedus-site` about plans and what they spend: look, decide, and the ledger.
 
-`cli` has the others.
+`site` has the others.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from foedus_client.cli.audit import site_to_read
 from foedus_client.ledger.chart import chart
 from foedus_client.storage import forget_run
 from foedus_client.store import StoredPlan
-from foedus_common.certificates import DAY
-from foedus_common.clock import iso
+from foedus_common.clock import DAY, iso
 from foedus_common.errors import LocalError
 from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan, parse_agreed_plan

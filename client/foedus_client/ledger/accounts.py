@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from foedus_common.clock import DAY
 from foedus_common.errors import LocalError
 from foedus_common.journal import Entry
 from foedus_common.plan import AgreedPlan
 from foedus_common.privacy import accounting
 from foedus_common.privacy.accounting import Curve, GaussianSteps
-
-DAY_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ class Account:
 
     def admits_today(self, run_id: int, phase: int, budget: Budget, now: float) -> bool:
         """Whether one more training of this phase stays within what a day may spend, by the rules of `admits`."""
-        moment, run = now - DAY_SECONDS, self.runs[run_id]
+        moment, run = now - DAY, self.runs[run_id]
         if not run.commitment.private or budget.per_day == math.inf:
             return True
         counts = list(run.spent_since(moment))

@@ -17,7 +17,6 @@ from typing import Any
 
 from foedus_client.data import Survey, share_rows
 from foedus_client.ledger.accounts import (
-    DAY_SECONDS,
     Account,
     Budget,
     Commitment,
@@ -30,7 +29,7 @@ from foedus_client.ledger.accounts import (
 )
 from foedus_client.store import OVER, Dataset, SiteStore
 from foedus_common.canonical import digest, labelled
-from foedus_common.clock import Clock, iso
+from foedus_common.clock import DAY, Clock, iso
 from foedus_common.errors import LocalError, PolicyRefusal, RemoteError
 from foedus_common.identity import verify as verify_signature
 from foedus_common.journal import START, BrokenChain, Checkpoint, Entry, follows, next_entry
@@ -124,7 +123,7 @@ class Ledger:
 
     def lines(self, budget: Budget) -> list[Line]:
         """What `foedus-site ledger` shows, one line per account."""
-        since = self._clock.now() - DAY_SECONDS
+        since = self._clock.now() - DAY
         return [_line(account, budget, since) for account in self.accounts().values()]
 
     def run(self, run_id: int) -> Run:
@@ -337,7 +336,7 @@ class Ledger:
         commitment, now = run.commitment, self._clock.now()
         account = self.account(commitment.dataset)
         if not account.admits_today(commitment.run_id, phase, budget, now):
-            spent = account.spent_since(now - DAY_SECONDS, budget.delta)
+            spent = account.spent_since(now - DAY, budget.delta)
             raise PolicyRefusal(
                 [
                     f"Dataset {commitment.dataset!r} has spent epsilon {spent:.4g} within 24 hours, and one more round "

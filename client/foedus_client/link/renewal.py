@@ -11,8 +11,7 @@ import logging
 import threading
 
 from foedus_client.enrol import Call, Membership
-from foedus_common.certificates import DAY
-from foedus_common.clock import Clock, iso
+from foedus_common.clock import DAY, Clock, iso
 from foedus_common.errors import FoedusError
 
 logger = logging.getLogger(__name__)

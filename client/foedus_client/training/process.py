@@ -147,7 +147,6 @@ def _start(threads: int, log: IO[bytes] | int | None) -> subprocess.Popen[bytes]
     """Exec, never a bare fork: forked children of a process with gRPC under way crash. -P: what lies in the folder in
     which the daemon was started is no module."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take cores from whatever else runs here
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return subprocess.Popen(

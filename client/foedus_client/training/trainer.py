@@ -1,6 +1,6 @@
 """The process that trains at a site: one per run, the only one there with torch.
 
-Reads requests on standard input and answers on standard output (messages as in `trainer_process`); its log is standard
+Reads requests on standard input and answers on standard output (messages as in `process`); its log is standard
 error. It is told everything by its parent and reads three things: the model folder, adapter files and, at the first
 request to train, the dataset; each is checked against its hash first. It ends when its parent's end of the pipe closes.
 """

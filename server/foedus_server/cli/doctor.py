@@ -15,9 +15,9 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from foedus_common.certificates import DAY, read_certificate
+from foedus_common.certificates import read_certificate
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
-from foedus_common.clock import Clock, iso
+from foedus_common.clock import DAY, Clock, iso
 from foedus_common.errors import LocalError
 from foedus_common.identity import SignedRoster
 from foedus_common.model_folder import manifest_sha256

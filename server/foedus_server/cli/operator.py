@@ -1,6 +1,6 @@
 """`foedus`: the operator's program. Each command is a few lines around `commands`, `registry` or `service`.
 
-The commands about models, plans and runs are in `cli_runs`.
+The commands about models, plans and runs are in `runs`.
 """
 
 from __future__ import annotations

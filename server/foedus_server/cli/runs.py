@@ -1,4 +1,4 @@
-"""`foedus model`, `foedus plan` and `foedus run`: what is trained. The rest of the program is in `cli`."""
+"""`foedus model`, `foedus plan` and `foedus run`: what is trained. The rest of the program is in `operator`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from foedus_common.clock import Clock, SystemClock
+from foedus_common.clock import DAY, Clock, SystemClock
 from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.contents import body_of, content_of, message_of
@@ -34,7 +34,6 @@ from foedus_server.link.listeners import Listeners
 from foedus_server.link.mailbox import Mailbox, RunFiles
 from foedus_server.link.service import LinkService, SiteDirectory, not_admitted
 
-DAY = 86_400.0
 SITE_FAILED = 1
 """Code of a Flower `Error`: the site's program raised; its own log says what."""
 

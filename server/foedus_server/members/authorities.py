@@ -7,8 +7,8 @@ longer. Knows who is a member; how a site asks is in `registry`.
 
 from __future__ import annotations
 
-from foedus_common.certificates import DAY, SITE_DAYS, Authority, issued_by, parse_certificate
-from foedus_common.clock import Clock
+from foedus_common.certificates import SITE_DAYS, Authority, issued_by, parse_certificate
+from foedus_common.clock import DAY, Clock
 from foedus_common.errors import LocalError
 from foedus_common.link.transport import TlsIdentity
 from foedus_common.randomness import RandomBytes

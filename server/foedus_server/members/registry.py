@@ -11,8 +11,8 @@ import threading
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from foedus_common.certificates import DAY, check_request, fingerprint_of, issued_by, parse_certificate
-from foedus_common.clock import Clock
+from foedus_common.certificates import check_request, fingerprint_of, issued_by, parse_certificate
+from foedus_common.clock import DAY, Clock
 from foedus_common.enrolment import (
     MAX_TOKEN_HOURS,
     SECRET_BYTES,

@@ -17,7 +17,7 @@ from pathlib import Path
 import rigged_coordinator
 import rigged_site
 from foedus_client.policy import SitePolicy
-from foedus_common.certificates import DAY
+from foedus_common.clock import DAY
 from foedus_common.plan import AgreedPlan
 from foedus_server.config import Patience
 from foedus_simulations.parties import until
