@@ -11,7 +11,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Database:
         if isinstance(self._claim, int):
             os.close(self._claim)
         elif self._claim is not None:
-            self._claim.close()
+            _let_go(self._claim)
         self._claim = None
         self._engine.dispose()
 
@@ -205,6 +205,13 @@ def _writing(engine: Engine, what: str) -> Iterator[Connection]:
             yield connection
     except DBAPIError as error:
         raise explained(error, what) from None
+
+
+def _let_go(claim: Connection) -> None:
+    """Unlock, then hang up: the server takes a moment to notice a closed session, and refused the next `foedus up`."""
+    with suppress(DBAPIError):
+        claim.execute(select(func.pg_advisory_unlock(SERVICE_LOCK)))
+    claim.close()
 
 
 def _lock_file(path: Path) -> int:
