@@ -3,6 +3,7 @@
 `python benchmarks/simulated_sites.py [ROUNDS]`: d = 20,000 coordinates. The sites are sessions in two processes, the
 coordinator's sessions are in this one. Lost sites are lost where it costs most: they dealt their shares and send no
 vector, so that the masks of each with all survivors of its cohort have to be taken off. A round begins with encoding.
+Memory is the peak of each round by itself, so that what a round leaves behind would show in the next.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from foedus_common.protocol.site_session import SiteSession
 from foedus_common.protocol.site_stages import Outbox
 from foedus_common.protocol.thresholds import Member, PeerRule, Roster, thresholds
 from report import report
+from resident import begin_anew, memory
 
 SITES, LOST, COLLUDING, PROCESSES = 1000, 300, 1, 2
 SIZE = RoundSize(SITES, SITES)
 LAYOUT = FieldLayout(21, SIZE.largest_sum, ((20_000, 1.0),))
 SECONDS = 15 * 60 / 20
 """20 rounds in a quarter of an hour."""
+PEAK = "peak"
 
 Session = DrawSession | CoordinatorSession
 State = DrawState | CoordinatorState
@@ -53,10 +56,15 @@ def update_of(site: str) -> np.ndarray:
 
 
 def simulate(pipe: Connection, roster: Roster, keys: Mapping[str, bytes], folder: Path) -> None:
-    """A process of sites: a round's number makes them encode, requests by site are answered, None ends it."""
+    """A process of sites: a round's number makes them encode, requests by site are answered, PEAK is answered with that
+    of memory since it was last asked for, in MB, and None ends it."""
     signers = {site: Ed25519PrivateKey.from_private_bytes(key).sign for site, key in keys.items()}
     vectors = Folder(folder)
     while (asked := pipe.recv()) is not None:
+        if asked == PEAK:
+            pipe.send(memory("VmHWM"))
+            begin_anew()
+            continue
         if isinstance(asked, int):
             terms = terms_of(asked)
             sessions = {}
@@ -103,10 +111,18 @@ class Consortium:
             process.join()
 
     def begin(self, number: int) -> None:
+        for left in self.folder.iterdir():  # vectors of sites that were lost in the round before
+            left.unlink()
         for pipe in self.pipes:
             pipe.send(number)
         for pipe in self.pipes:
             pipe.recv()
+
+    def peak(self) -> float:
+        """Of the sites' memory since this was last asked, in MB, over their processes."""
+        for pipe in self.pipes:
+            pipe.send(PEAK)
+        return float(sum(pipe.recv() for pipe in self.pipes))
 
     def ask(self, requests: Mapping[str, bytes]) -> Iterator[Arrived]:
         for pipe, own in self.pipes.items():
@@ -159,13 +175,18 @@ def _requests(effects: Effects) -> dict[str, bytes]:
 
 
 def main(rounds: int) -> None:
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    shared = Path("/dev/shm")  # files in memory, where there is such a folder
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         consortium = Consortium(Path(folder))
         start = time.perf_counter()
         for number in range(1, rounds + 1):
+            begin_anew()
             consortium.round(number)
-            print(f"round {number}: {time.perf_counter() - start:.1f} s since the first began", flush=True)
+            print(
+                f"round {number}: {time.perf_counter() - start:.1f} s since the first began, at most "
+                f"{memory('VmHWM'):.0f} MB at the coordinator and {consortium.peak():.0f} MB in the sites' processes",
+                flush=True,
+            )
         seconds = (time.perf_counter() - start) / rounds
         consortium.close()
     sites, own = (resource.getrusage(whose) for whose in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))

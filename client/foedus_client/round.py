@@ -69,8 +69,8 @@ SUMMING = (Committed, Revealed, Advertised, Shared, Masked, Agreed)
 
 PROPOSALS, HEADS = (64, 900.0), (1024, 60.0)
 """So many plans, and heads of the coordinator's journal, at once, and then one for so many seconds."""
-MAX_ATTEMPTS = 64
-"""Attempts at the sum of one vector that a site begins."""
+MAX_ATTEMPTS = 128
+"""Attempts at a round that a site begins: more than the draws that it takes part in."""
 
 
 class Trainer(Protocol):

@@ -24,10 +24,12 @@ from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
+from foedus_common.protocol.draw import MAX_DRAWS
 from foedus_server.aggregation import ServerOptimizer
 from foedus_server.config import Patience
 from foedus_server.link.grid import LinkStopping
 from foedus_server.rounds import STAGE_NAMES, Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
+from foedus_server.silences import Silences
 from foedus_server.store import Attempt, DatabaseAway, Run, RunState, Store
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ COSTLY_TO_STOP = STAGE_NAMES[3:]
 vector that was masked for nothing costs the run one of its retries."""
 
 ATTEMPTS = 6
-"""Attempts at one round before the run is given up; the sites' own limit on retries is usually reached first."""
+"""Attempts at one round that may fail before the run is given up; the sites' own limit on retries is usually reached
+first. A draw that is repeated without the sites that spoilt it is not counted: of those, sites bear `MAX_DRAWS`."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class _Conductor:
         self._willing: set[str] = set()
         self._heads: dict[str, str] = {}
         self._presence = Presence(grid, coordinator.clock)
+        self._silences = Silences()
 
     # --- The plan before the sites ---
 
@@ -172,22 +176,35 @@ class _Conductor:
     # --- One round ---
 
     def round(self, round_plan: RoundPlan) -> None:
-        """Attempts the round until it is committed. Raises LocalError when it is given up."""
-        error: Exception | None = None
-        left_out: set[str] = set()
-        for number in range(ATTEMPTS):
-            if number:
-                self._pause(self._coordinator.patience.retry_seconds * 2 ** (number - 1))
+        """Attempts the round until it is committed. Raises LocalError when it is given up.
+
+        A draw that sites spoilt by keeping their seeds back cost nobody a vector. It is repeated at once without them,
+        and does not count as one that failed.
+        """
+        failed, attempts, pause = 0, 0, 0.0
+        while failed < ATTEMPTS and attempts < MAX_DRAWS:
+            self._pause(pause)
             self._await_sites()
-            attempt, result = self._attempt(round_plan, left_out)
+            attempt, result = self._attempt(round_plan)
             if isinstance(result, Committed):
                 self._commit(round_plan, attempt, result)
                 self._show_heads()
                 return
-            error = result.error
-            left_out |= set(result.left_out)
+            error, attempts, pause = result.error, attempt.attempt + 1, 0.0
             self._coordinator.store.runs.abort_attempt(attempt, str(error))
-        raise LocalError(f"Round {round_plan.index + 1} was given up after {ATTEMPTS} attempts: {error}")
+            if not self._can_do_without(result.left_out, round_plan):
+                failed += 1
+                pause = self._coordinator.patience.retry_seconds * 2 ** (failed - 1)
+        raise LocalError(f"Round {round_plan.index + 1} was given up after {attempts} attempts: {error}")
+
+    def _can_do_without(self, spoilers: Collection[str], round_plan: RoundPlan) -> bool:
+        """Whether the attempt failed for these sites, and enough are left without them."""
+        self._silences.note(spoilers, round_plan.index)
+        left = self._silences.without(self._members(), round_plan.index)
+        if spoilers and len(left) >= self.agreed.plan.secure_aggregation.min_sites:
+            return True
+        self._silences.forgive()
+        return False
 
     def _pause(self, seconds: float) -> None:
         """What kept a site from the last attempt, a full disk or a GPU that is taken, may pass."""
@@ -215,7 +232,7 @@ class _Conductor:
                 )
             self._grid.wait(LOOK_SECONDS)
 
-    def _attempt(self, round_plan: RoundPlan, left_out: Collection[str]) -> tuple[Attempt, Committed | Aborted]:
+    def _attempt(self, round_plan: RoundPlan) -> tuple[Attempt, Committed | Aborted]:
         attempt = self._coordinator.store.runs.start_attempt(self._run_id, round_plan.index)
         task = RoundTask(
             agreed=self.agreed,
@@ -224,7 +241,7 @@ class _Conductor:
             round_plan=round_plan,
             attempt=attempt.attempt,
             adapter=self._current_adapter(),
-            sites=tuple(site for site in self._members() if site not in left_out),
+            sites=self._silences.without(self._members(), round_plan.index),
         )
 
         def save(stage: str, log: RoundLog) -> None:

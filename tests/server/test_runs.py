@@ -21,7 +21,7 @@ from foedus_client.approval import Approval
 from foedus_client.audit import verify as verify_site
 from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
-from foedus_client.round import Site, SiteRounds
+from foedus_client.round import MAX_ATTEMPTS, Site, SiteRounds
 from foedus_client.store import SiteStore
 from foedus_common.checkpoints import accept_losses
 from foedus_common.clock import ManualClock
@@ -32,11 +32,12 @@ from foedus_common.link.contents import body_of, context_of
 from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan, SecureAggregation
 from foedus_common.privacy import accounting
-from foedus_common.protocol.draw import RoundSize
+from foedus_common.protocol.draw import MAX_DRAWS, RoundSize, withstood
 from foedus_common.protocol.effects import Answered, AttemptSeen, VectorMasked
 from foedus_common.protocol.messages import AttemptId, DrawnConfig
 from foedus_common.protocol.wire import COORDINATOR, parse_envelope
 from foedus_common.randomness import RandomBytes
+from foedus_server import runs
 from foedus_server.app import server_app
 from foedus_server.audit import notary
 from foedus_server.audit import verify as verify_coordinator
@@ -496,10 +497,14 @@ EIGHT = tuple(f"branch-{number}" for number in range(8))
 
 
 @pytest.fixture
-def eight(consortium: Make, monkeypatch: pytest.MonkeyPatch) -> Consortium:
-    """Eight sites of which at most four share a sum; what is 4 here is 128 in a release."""
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most four sites share a sum; what is 4 here is 128 in a release."""
     size = RoundSize(fewest=6, most=16, largest_cohort=4)
     monkeypatch.setattr(SecureAggregation, "size", property(lambda _: size))
+
+
+@pytest.fixture
+def eight(consortium: Make, drawn: None) -> Consortium:
     return consortium(EIGHT)
 
 
@@ -566,6 +571,73 @@ def test_a_site_that_keeps_its_seed_back_costs_one_attempt_and_is_left_out_of_th
     eight.assert_sums_are_exact()
     assert eight.charges("branch-0") == [(0, "committed")]  # nobody had masked: the same vectors served
     assert len(eight.sites["branch-0"]["store"].outbox(7, 0).attempts_seen) == 2
+
+
+def keeping_back(spoilers: Callable[[int, int], Sequence[str]]) -> Fault:
+    """spoilers: in each round and attempt, the sites that keep their seeds back."""
+
+    def fault(site: str, message: Message) -> None:
+        header = parse_envelope(body_of(message)).header
+        if message.metadata.message_type == "query.reveal" and site in spoilers(header.round, header.attempt):
+            raise Gone("silent")
+
+    return fault
+
+
+def test_sites_that_fall_silent_one_after_another_cost_a_draw_each_and_no_round(consortium: Make, drawn: None) -> None:
+    """More of them than attempts that may fail; nobody pauses, and nobody trains again."""
+    sites = tuple(f"branch-{number:02}" for number in range(14))
+    many = consortium(sites)
+    many.submit(plan_of(rounds=1))
+    many.grid.fault = keeping_back(lambda round_, attempt: sites[attempt : attempt + 1] if attempt < 8 else ())
+    began = many.clock.monotonic()
+    assert many.conduct() == "finished"
+    assert many.attempts == [*((0, number, "aborted") for number in range(8)), (0, 8, "committed")]
+    assert many.survivors == [sites[8:]]
+    assert many.charges(sites[-1]) == [(0, "committed")]
+    assert many.clock.monotonic() - began < 9 * PATIENCE.stage_seconds
+    many.assert_sums_are_exact()
+
+
+def test_who_keeps_a_seed_back_again_is_left_out_for_longer(eight: Consortium) -> None:
+    """branch-3 spoils every draw that it is part of: of five rounds the first, the second and the fourth."""
+    eight.submit(plan_of(rounds=5))
+    eight.grid.fault = keeping_back(lambda round_, attempt: ["branch-3"])
+    assert eight.conduct() == "finished"
+    spoilt = [index for index, _, state in eight.attempts if state == "aborted"]
+    assert spoilt == [0, 1, 3]
+    assert eight.survivors == [tuple(name for name in EIGHT if name != "branch-3")] * 5
+
+
+def test_silent_sites_without_which_there_are_too_few_are_asked_again(eight: Consortium) -> None:
+    """A line that is down for a moment takes three of eight along, and the plan needs six."""
+    eight.submit(plan_of(rounds=1, secure_aggregation__min_sites=6))
+    eight.grid.fault = keeping_back(lambda round_, attempt: EIGHT[:3] if attempt == 0 else ())
+    assert eight.conduct() == "finished"
+    assert eight.attempts == [(0, 0, "aborted"), (0, 1, "committed")]
+    assert eight.survivors == [EIGHT]
+
+
+def test_silent_sites_without_which_there_are_too_few_end_the_run_in_the_end(eight: Consortium) -> None:
+    eight.submit(plan_of(rounds=1, secure_aggregation__min_sites=6))
+    eight.grid.fault = keeping_back(lambda round_, attempt: EIGHT[:3])
+    assert eight.conduct() == "failed"
+    assert [attempt for _, attempt, _ in eight.attempts] == list(range(6))
+    assert eight.run.reason.startswith("Round 1 was given up after 6 attempts: ")
+    assert "committed to a seed and did not reveal it" in eight.run.reason
+
+
+def test_sites_bear_more_draws_than_the_colluders_of_a_large_round_can_spoil() -> None:
+    colluders = withstood(40, size=RoundSize(1000, 1000), rounds=100)
+    assert colluders + runs.ATTEMPTS <= MAX_DRAWS < MAX_ATTEMPTS
+
+
+def test_draws_are_not_repeated_beyond_what_sites_bear(eight: Consortium, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MAX_DRAWS", 2)
+    eight.submit(plan_of(rounds=1))
+    eight.grid.fault = keeping_back(lambda round_, attempt: EIGHT[attempt : attempt + 1])
+    assert eight.conduct() == "failed"
+    assert eight.run.reason.startswith("Round 1 was given up after 2 attempts: ")
 
 
 def test_a_site_that_does_not_commit_is_missed_and_no_more(eight: Consortium) -> None:

@@ -21,10 +21,10 @@ MAX_SITES = 1024
 """In a round: eight of the largest cohorts. A list of as many commitments fits into one message of the link."""
 
 SEED_BYTES = 32
-MAX_DRAWS = 32
+MAX_DRAWS = 96
 """A site takes part in no more attempts at a round whose cohorts are drawn. A coordinator that sees the seeds before
-anybody else can give a split up and ask for another: so often it may try. An honest one needs as many where rounds fail
-and runs are resumed."""
+anybody else can give a split up and ask for another: so often it may try. An honest one needs as many where sites
+commit to seeds and keep them back, one after another (docs/decisions/0035)."""
 
 
 def cohort_sizes(sites: int, largest: int = MAX_COHORT) -> tuple[int, ...]:
