@@ -9,7 +9,7 @@ import random
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from foedus_client.ledger.accounts import Budget
 from foedus_client.ledger.ledger import Ledger
 from foedus_client.policy import SitePolicy
 from foedus_client.store import SiteStore
+from foedus_common.errors import LocalError
 from foedus_common.journal import BrokenChain
 from foedus_common.objects import ObjectRef
 from foedus_common.plan import schedule
@@ -59,6 +60,12 @@ class Federation:
         amiss = self.ours.take(COORDINATOR, self.theirs.public_key, request)
         answer = self.ours.show(COORDINATOR, self.ours.sign_end(), request.own)
         return amiss + self.theirs.take("north", self.member.public_key, answer)
+
+    def go_on(self) -> None:
+        """Both journals and the ledger grow, and each side signs and shows its new end."""
+        self.operator.store.database.record("x")
+        self.ledger._append("x")
+        self.exchange()
 
     def verify_coordinator(self) -> None:
         coordinator_audit.verify(self.operator.home, self.operator.store)
@@ -207,3 +214,49 @@ def test_a_ledger_that_was_rewritten_and_signed_anew_is_not_what_the_journal_tel
     with pytest.raises(BrokenChain, match="ledger is broken at entry 1: it is not the one that entry"):
         federation.verify_site()
     table.write(table.rows)
+
+
+# --- While the programs go on ---
+
+
+def test_a_coordinator_that_goes_on_while_it_is_audited_is_whole(tmp_path: Path) -> None:
+    with closing(Federation(tmp_path)) as federation:
+        home = federation.operator.home
+        auditor = home.store(federation.operator.clock)
+        reading = auditor.database.reading
+
+        @contextmanager
+        def and_then_more(*what: str) -> Iterator[Any]:
+            with reading(*what) as connection:
+                yield connection
+            federation.go_on()
+
+        auditor.database.reading = and_then_more  # type: ignore[method-assign]
+        coordinator_audit.verify(home, auditor)
+        assert federation.operator.events().count("x") == 3
+        coordinator_audit.verify(home, auditor)
+        auditor.close()
+
+
+def test_a_site_that_goes_on_while_it_is_audited_is_whole(tmp_path: Path) -> None:
+    """Journal and ledger are read at one moment, in which the daemon has to wait."""
+    with closing(Federation(tmp_path)) as federation:
+        auditor, waited = SiteStore(federation.store.path, federation.operator.clock), []
+        federation.store._db.execute("PRAGMA busy_timeout = 0")
+        read = auditor._all
+
+        def and_then_more(*query: Any) -> list[sqlite3.Row]:
+            rows = read(*query)
+            try:
+                federation.go_on()
+            except LocalError:
+                waited.append(query)
+            return rows
+
+        auditor._all = and_then_more  # type: ignore[method-assign]
+        ledger = Ledger(auditor, federation.operator.clock, federation.member.key.sign)
+        for _ in range(2):
+            site_audit.verify(auditor, ledger, "north", federation.member.public_key)
+        assert len(waited) == 2 * 4
+        assert [entry.event["event"] for entry, _ in federation.store.ledger_entries()].count("x") >= 2
+        auditor.close()

@@ -107,20 +107,22 @@ def verify(store: SiteStore, ledger: Ledger, name: str, public_key: bytes, sheet
     name, public_key: of this site (32 bytes). sheet: heads of this journal that another party showed. Raises
     BrokenChain, which names the first bad entry, and LocalError when the whole is an older copy.
     """
-    entries = store.journal_entries()
+    with store.transaction("audit"):  # all as it was at one moment: the daemon goes on writing
+        entries, ledger_entries = store.journal_entries(), [entry for entry, _ in store.ledger_entries()]
+        heads, countersignatures = store.heads(), store.countersignatures()
     verify_chain(entries)  # before anything is read in it
     ledger_end = ledger.verify(public_key)
     coordinator_keys = {bytes.fromhex(e.event["coordinator"]) for e in entries if e.event["event"] == "roster.accepted"}
     verified = checkpoints.verify(
         name,
         entries,
-        [*store.heads(name), *sheet],
-        store.countersignatures(),
+        [*(head for head in heads if head.owner == name), *sheet],
+        countersignatures,
         ledger.keys(public_key),
         {COORDINATOR: coordinator_keys},
     )
-    _compare(entries, [entry for entry, _ in store.ledger_entries()])
-    kept = [head for head in store.heads() if head.owner != name]
+    _compare(entries, ledger_entries)
+    kept = [head for head in heads if head.owner != name]
     for head in kept:
         checkpoints.require_good(head, coordinator_keys if head.owner == COORDINATOR else ())
     return Audited(verified, ledger_end, len(kept))

@@ -229,8 +229,8 @@ def accept_losses(book: HeadBook, entries: Sequence[Entry], own: str, by: str) -
     """Enter into the journal which of its signed heads it does not hold any more; from then on `verify` names them as
     lost and goes on. Gives them. by: who decided so."""
     marks = {head.checkpoint for head in book.heads(own)} | {mark.checkpoint for mark in book.countersignatures()}
-    held = {Checkpoint(entry.number, entry.head) for entry in entries}
-    lost = sorted(marks - held - _accepted(entries), key=lambda mark: mark.number)
+    missing = (mark for mark in marks if book.journal_head(mark.number) != mark.head)
+    lost = sorted(set(missing) - _accepted(entries), key=lambda mark: mark.number)
     for mark in lost:
         book.log(LOSS_ACCEPTED, number=mark.number, head=mark.head.hex(), by=by)
     return lost

@@ -25,18 +25,19 @@ def verify(home: Home, store: Store, sheet: Sequence[Head] = ()) -> Verified:
 
     sheet: heads of this journal that a site has shown. Raises BrokenChain, which names the first bad entry.
     """
-    entries = store.journal.entries()
+    heads, countersignatures = store.journal.heads(), store.journal.countersignatures()
+    entries = store.journal.entries()  # after what speaks of them: `foedus up` goes on writing
     verify_chain(entries)  # before anything is read in it
     keys = _keys_of_sites(entries)
     verified = checkpoints.verify(
         COORDINATOR,
         entries,
-        [*store.journal.heads(COORDINATOR), *sheet],
-        store.journal.countersignatures(),
+        [*(head for head in heads if head.owner == COORDINATOR), *sheet],
+        countersignatures,
         {public_bytes(home.plan_key())},
         keys,
     )
-    for head in store.journal.heads():
+    for head in heads:
         if head.owner != COORDINATOR:
             checkpoints.require_good(head, keys.get(head.owner, ()))
     return verified

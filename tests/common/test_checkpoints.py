@@ -152,6 +152,15 @@ def test_a_side_that_was_rolled_back_learns_it_from_the_other_and_goes_on_once_i
         assert rolled.verified(other).witnessed[other.name] == len(rolled.book.entries)
 
 
+def test_what_was_signed_since_the_entries_were_read_is_no_loss(pair: tuple[Party, Party]) -> None:
+    coordinator, site = pair
+    entries = list(coordinator.book.entries)
+    coordinator.write(1)
+    exchange(coordinator, site)
+    assert accept_losses(coordinator.book, entries, coordinator.name, "anna") == []
+    assert coordinator.book.events == ["x"] * 4
+
+
 def test_two_journals_of_one_length_are_entered_as_evidence_once(pair: tuple[Party, Party]) -> None:
     coordinator, site = pair
     exchange(coordinator, site)
