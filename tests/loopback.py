@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import socket
+import ssl
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,8 +28,11 @@ from foedus_common.link.contents import content_of, context_of
 from foedus_common.link.transport import CHANNEL_OPTIONS, Timing, TlsIdentity
 from foedus_common.objects import ObjectStore
 from foedus_server.link.grid import LinkServer
+from foedus_simulations.parties import free_ports
 
 RUN = 4711
+SECONDS = 60.0
+"""In which whatever is to happen has happened, on a busy machine, too."""
 
 
 class Authority:
@@ -78,6 +84,21 @@ def fingerprint(tls: TlsIdentity) -> bytes:
     return x509.load_pem_x509_certificate(tls.certificate).fingerprint(hashes.SHA256())
 
 
+def certificate_shown(address: str) -> bytes:
+    """The certificate (DER) that a stranger is shown who trusts anybody."""
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    trusting.set_alpn_protocols(["h2"])
+    host, _, port = address.rpartition(":")
+    while True:
+        with (
+            suppress(OSError),  # between two listeners, as a cut line: whoever connects asks again
+            socket.create_connection((host, int(port)), SECONDS) as plain,
+            trusting.wrap_socket(plain) as secured,
+        ):
+            return secured.getpeercert(binary_form=True) or b""
+
+
 @dataclass
 class Directory:
     """Which certificate may speak for which site."""
@@ -97,17 +118,26 @@ class States:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self.seen: list[tuple[LinkState, str]] = []
+        self._awaited = 0
 
     def __call__(self, state: LinkState, sentence: str) -> None:
         with self._changed:
             self.seen.append((state, sentence))
             self._changed.notify_all()
 
-    def wait_for(self, state: LinkState, timeout: float = 10.0) -> str:
-        """The sentence that came with the latest change to `state`, once it is the current one."""
+    def wait_for(self, state: LinkState) -> str:
+        """The sentence that came with the first change to `state` after the change that was awaited last, however soon
+        another one followed."""
+
+        def reached() -> bool:
+            return any(seen is state for seen, _ in self.seen[self._awaited :])
+
         with self._changed:
-            assert self._changed.wait_for(lambda: self.seen and self.seen[-1][0] is state, timeout), self.seen
-            return self.seen[-1][1]
+            assert self._changed.wait_for(reached, SECONDS), self.seen
+            while self.seen[self._awaited][0] is not state:
+                self._awaited += 1
+            self._awaited += 1
+            return self.seen[self._awaited - 1][1]
 
 
 class Federation:
@@ -120,8 +150,7 @@ class Federation:
         self.server_tls = self.authority.issue(here, self.authority.certificate)
         self.directory = Directory()
         self.objects = ObjectStore(folder / "coordinator" / "objects")
-        self.address = "127.0.0.1:0"
-        self.enrol_address = "127.0.0.1:0"
+        self.address, self.enrol_address = (f"127.0.0.1:{port}" for port in free_ports(2))
         self.enrol: Callable[[bytes], bytes] = bytes
         self.timing = Timing()
         self._stops: list[Callable[[], None]] = []
@@ -146,7 +175,6 @@ class Federation:
             timing=self.timing,
         )
         server.start()
-        self.address, self.enrol_address = server.address, server.enrol_address
         self._stops.append(lambda: server.drain_and_stop(1.0))
         return server
 

@@ -24,13 +24,19 @@ OPERATOR = "foedus_server.cli"
 SITE = "foedus_client.cli"
 
 
+_held: list[socket.socket] = []
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that were free on 127.0.0.1 a moment ago, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
+    """Free ports of 127.0.0.1 for programs of ours, who share them with a socket here that never listens: while this
+    process lives, the system gives them to nobody who asks for any port, nor to a connection."""
+    held = [socket.socket() for _ in range(count)]
+    for each in held:
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        each.bind(("127.0.0.1", 0))
+    _held.extend(held)
+    return [each.getsockname()[1] for each in held]
 
 
 def until(condition: Callable[[], bool], seconds: float, what: str) -> None:

@@ -15,10 +15,10 @@ from cryptography import x509
 from foedus_client.link.site_link import LinkState, admission
 from foedus_common.errors import LocalError
 from foedus_common.link import foedus_pb2 as pb
-from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, TlsIdentity
+from foedus_common.link.transport import CHUNK, MAX_BODY, PROTOCOL_VERSION, Timing, TlsIdentity
 from foedus_common.objects import ObjectRef
 from foedus_server.link import service as link_service
-from loopback import RUN, Authority, Federation, fingerprint
+from loopback import RUN, SECONDS, Authority, Federation, fingerprint
 
 HELLO = pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION))
 
@@ -133,25 +133,26 @@ STAT_OVER_HTTP2 = (
 
 
 def test_revocation_ends_the_stream_at_once_and_lets_nothing_back_in(federation: Federation) -> None:
+    federation.timing = Timing(heartbeat=2 * SECONDS, silence=6 * SECONDS)  # no heartbeat comes before the end
     server = federation.coordinator()
     tls = federation.tls_of("alpha")
     _, states = federation.site("alpha", tls=tls)
     states.wait_for(LinkState.CONNECTED)
     del federation.directory.approved["alpha"]
     server.disconnect("alpha")
-    assert "it was revoked" in states.wait_for(LinkState.REFUSED, timeout=1.0)
+    assert "it was revoked" in states.wait_for(LinkState.REFUSED)
     assert server.connected() == {}
     assert calls(federation, tls)[0].code() is grpc.StatusCode.PERMISSION_DENIED
     server.disconnect("alpha")
 
 
 def test_revocation_that_nobody_announced_ends_the_stream_with_the_next_heartbeat(federation: Federation) -> None:
-    federation.timing = type(federation.timing)(heartbeat=0.05)
+    federation.timing = Timing(heartbeat=0.05)
     federation.coordinator()
     _, states = federation.site("alpha")
     states.wait_for(LinkState.CONNECTED)
     del federation.directory.approved["alpha"]
-    assert "it was revoked" in states.wait_for(LinkState.REFUSED, timeout=1.0)
+    assert "it was revoked" in states.wait_for(LinkState.REFUSED)
 
 
 def test_a_directory_that_does_not_answer_holds_nobody_up(
@@ -160,7 +161,7 @@ def test_a_directory_that_does_not_answer_holds_nobody_up(
     answered = threading.Event()
     monkeypatch.setattr(federation.directory, "refresh", answered.wait)
     monkeypatch.setattr(link_service, "REFRESH_SECONDS", 0.05)
-    federation.timing = type(federation.timing)(heartbeat=0.05)
+    federation.timing = Timing(heartbeat=0.05)
     server = federation.coordinator()
     grid = server.grid(RUN, 0)
     _, states = federation.site("alpha")
@@ -205,7 +206,7 @@ def test_a_reply_counts_only_from_the_site_that_was_asked(federation: Federation
     def reply(text: bytes) -> Iterator[pb.FromSite]:
         yield HELLO
         yield pb.FromSite(reply=pb.Reply(id=message_id, body=text))
-        done.wait(10)
+        done.wait(SECONDS)
 
     forger = federation.stub(federation.tls_of("beta")).Control(reply(b"forged"))
     next(forger)

@@ -105,7 +105,7 @@ class World:
         credentials = grpc.ssl_channel_credentials(trusted, shown.private_key, shown.certificate)
         with grpc.secure_channel(self.link.address, credentials, CHANNEL_OPTIONS) as channel:
             with pytest.raises(grpc.RpcError) as refused:
-                pb_grpc.LinkStub(channel).Stat(pb.Object(), timeout=10)
+                pb_grpc.LinkStub(channel).Stat(pb.Object(), timeout=60)
             return refused.value.code()
 
     def journalled(self) -> list[str]:

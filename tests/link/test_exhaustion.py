@@ -11,6 +11,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -19,16 +20,15 @@ import pytest
 from foedus_client.link.site_link import LinkState, enrol
 from foedus_common.errors import RemoteError
 from foedus_common.link import foedus_pb2 as pb
-from foedus_common.link.transport import CHUNK, PROTOCOL_VERSION, TlsIdentity
+from foedus_common.link.transport import CHUNK, PROTOCOL_VERSION, Timing, TlsIdentity
 from foedus_common.objects import ObjectRef
 from foedus_server.link import enrolment, listeners
 from foedus_server.link import service as link_service
 from foedus_server.link.enrolment import network_of
 from foedus_server.link.mailbox import MAX_UPLOADS
-from loopback import RUN, Federation
+from loopback import RUN, SECONDS, Federation
 
 HELLO = pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION))
-SECONDS = 20.0
 
 
 class Silence:
@@ -69,12 +69,26 @@ def channel_of(federation: Federation, stack: ExitStack, address: str, tls: TlsI
     return stack.enter_context(closing(grpc.secure_channel(address, credentials, options)))
 
 
+def first_to_end(calls: list[Any]) -> Any:
+    """Whichever of the calls ends first, within SECONDS."""
+    ended: SimpleQueue[Any] = SimpleQueue()
+    for call in calls:
+        call.add_done_callback(ended.put)
+    return ended.get(timeout=SECONDS)
+
+
 def code_of(call: Any) -> grpc.StatusCode:
     with pytest.raises(grpc.RpcError) as refused:
         call.result(SECONDS)
     assert refused.value.details() != "Deadline Exceeded"  # the caller's own
     code: grpc.StatusCode = refused.value.code()
     return code
+
+
+def with_option(options: list[tuple[str, int]], name: str, value: int) -> list[tuple[str, int]]:
+    """The options with another value for one that is among them."""
+    assert name in dict(options)
+    return [(each, value if each == name else usual) for each, usual in options]
 
 
 # --- Strangers ---
@@ -108,12 +122,15 @@ def test_one_address_has_few_calls_open(
     federation: Federation, silence: Silence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(enrolment, "CALLS_OF_ONE", 2)
-    monkeypatch.setattr(enrolment, "READ_SECONDS", 1.0)
+    monkeypatch.setattr(enrolment, "READ_SECONDS", 2 * SECONDS)
     federation.coordinator()
     with ExitStack() as stack:
         channel = channel_of(federation, stack, federation.enrol_address)
-        codes = [code_of(call) for call in [silent_call(channel, "Enrolment/Enrol", silence) for _ in range(3)]]
-    assert sorted(code.name for code in codes) == ["DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
+        calls = [silent_call(channel, "Enrolment/Enrol", silence) for _ in range(3)]
+        assert code_of(first_to_end(calls)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        silence.end()
+        codes = [code_of(call) for call in calls]
+    assert sorted(code.name for code in codes) == ["INVALID_ARGUMENT", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"]
     assert enrol(federation.enrol_address, federation.authority.certificate, b"me") == b"me"  # they are over
 
 
@@ -133,10 +150,8 @@ def test_addresses_that_are_one_customer_s_count_as_one(peer: str, network: str)
 
 
 def test_a_connection_that_says_nothing_is_hung_up_on(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    idle = ("grpc.max_connection_idle_ms", 300)
-    options = [idle if option[0] == idle[0] else option for option in listeners.ENROLMENT_OPTIONS]
-    assert idle in options
-    monkeypatch.setattr(listeners, "ENROLMENT_OPTIONS", options)
+    impatient = with_option(listeners.ENROLMENT_OPTIONS, "grpc.max_connection_idle_ms", 300)
+    monkeypatch.setattr(listeners, "ENROLMENT_OPTIONS", impatient)
     federation.coordinator()
     trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
@@ -151,12 +166,13 @@ def test_a_connection_that_says_nothing_is_hung_up_on(federation: Federation, mo
 def test_connections_are_counted_and_one_more_is_hung_up_on(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    patient = with_option(listeners.SERVER_OPTIONS, "grpc.server_handshake_timeout_ms", 4 * int(SECONDS * 1000))
+    monkeypatch.setattr(listeners, "SERVER_OPTIONS", patient)
     monkeypatch.setattr(listeners, "MAX_CONNECTIONS", 4)
     federation.coordinator()
     host, _, port = federation.address.rpartition(":")
     strangers = [socket.create_connection((host, int(port)), timeout=SECONDS) for _ in range(5)]
-    strangers[-1].settimeout(5.0)  # before handshakes are given up
-    assert strangers[-1].recv(1) == b""
+    assert strangers[-1].recv(1) == b""  # the others are waited for
     for stranger in strangers:
         stranger.close()
     _, states = federation.site("alpha")
@@ -206,7 +222,7 @@ def test_one_site_has_so_many_calls_open_over_all_its_connections(
     federation: Federation, silence: Silence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_service, "CALLS_OF_ONE_SITE", 4)
-    federation.timing = type(federation.timing)(progress=1.0)
+    federation.timing = Timing(progress=2 * SECONDS)
     federation.coordinator()
     tls, others = federation.tls_of("alpha"), federation.tls_of("beta")
     with ExitStack() as stack:
@@ -214,9 +230,11 @@ def test_one_site_has_so_many_calls_open_over_all_its_connections(
             silent_call(channel_of(federation, stack, federation.address, tls), "Link/Push", silence) for _ in range(5)
         ]
         other = silent_call(channel_of(federation, stack, federation.address, others), "Link/Push", silence)
+        assert code_of(first_to_end(calls)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        silence.end()
         codes = [code_of(call).name for call in calls]
-        assert sorted(codes) == ["DEADLINE_EXCEEDED"] * 4 + ["RESOURCE_EXHAUSTED"]
-        assert code_of(other) is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert sorted(codes) == ["ABORTED"] * 4 + ["RESOURCE_EXHAUSTED"]
+        assert code_of(other) is grpc.StatusCode.ABORTED  # for it ended early, as those four did
 
 
 @pytest.mark.parametrize("said", [pb.FromSite(heartbeat=pb.Heartbeat()), pb.FromSite(reply=pb.Reply(id="?"))])

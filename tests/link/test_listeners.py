@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import socket
-import ssl
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from ipaddress import ip_address
 
 from cryptography.x509 import IPAddress
@@ -18,17 +15,7 @@ from foedus_client.link.site_link import LinkState
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.transport import CHUNK
 from foedus_common.objects import ObjectRef
-from loopback import RUN, Authority, Federation
-
-
-def certificate_shown(address: str) -> bytes:
-    """The DER of what is shown to a stranger who trusts anybody."""
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-    trusting.set_alpn_protocols(["h2"])
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as plain, trusting.wrap_socket(plain) as secured:
-        return secured.getpeercert(binary_form=True) or b""
+from loopback import RUN, SECONDS, Authority, Federation, certificate_shown
 
 
 def test_certificates_change_under_many_handshakes_and_what_is_shown_is_new_at_once(federation: Federation) -> None:
@@ -37,14 +24,9 @@ def test_certificates_change_under_many_handshakes_and_what_is_shown_is_new_at_o
     other = Authority("other")
     identities = [other.issue(here, trusts=other.certificate) for _ in range(3)]
 
-    def shown() -> bytes:
-        while True:
-            with suppress(OSError):  # between two listeners, as a cut line
-                return certificate_shown(server.enrol_address)
-
     def handshakes(count: int) -> None:
         for _ in range(count):
-            shown()
+            certificate_shown(server.enrol_address)
 
     with ThreadPoolExecutor(8) as strangers:
         under_way = [strangers.submit(handshakes, 150) for _ in range(8)]
@@ -52,9 +34,9 @@ def test_certificates_change_under_many_handshakes_and_what_is_shown_is_new_at_o
             server.show(tls)
             if all(each.done() for each in under_way):
                 break
-    before = shown()
+    before = certificate_shown(server.enrol_address)
     server.show(other.issue(here, trusts=other.certificate))
-    assert shown() != before
+    assert certificate_shown(server.enrol_address) != before
 
 
 def test_streams_come_back_and_a_transfer_goes_on_when_the_certificate_changes(federation: Federation) -> None:
@@ -71,17 +53,17 @@ def test_streams_come_back_and_a_transfer_goes_on_when_the_certificate_changes(f
         yield pb.PushPart(header=pb.PushHeader(object=pb.Object(run_id=RUN, sha256=ref.sha256, size=ref.size)))
         yield pb.PushPart(chunk=data[:CHUNK])
         half.set()
-        changed.wait(10)
+        changed.wait(SECONDS)
         yield pb.PushPart(chunk=data[CHUNK : 2 * CHUNK])
         yield pb.PushPart(chunk=data[2 * CHUNK :])
 
     tls = federation.tls_of("beta")
     grid.push_messages([grid.message("beta", "query.keys", b"", ttl=30)])
     upload = federation.stub(tls).Push.future(parts())
-    assert half.wait(10)
+    assert half.wait(SECONDS)
     server.show(federation.server_tls)
     assert "is stopping" in states.wait_for(LinkState.AWAY)
     states.wait_for(LinkState.CONNECTED)
     changed.set()
-    upload.result(10)
+    upload.result(SECONDS)
     assert grid.upload("beta", ref).read_bytes() == data

@@ -11,11 +11,13 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from foedus_client.link.site_link import LinkState
+from foedus_common.allowance import Allowance
 from foedus_common.link import foedus_pb2 as pb
 from foedus_common.link.contents import body_of
 from foedus_common.link.transport import PROTOCOL_VERSION, Timing
+from foedus_server.link import service
 from foedus_server.link.grid import SiteGrid
-from loopback import RUN, Federation, body, reply_with
+from loopback import RUN, SECONDS, Federation, body, reply_with
 
 
 class Slow:
@@ -31,7 +33,7 @@ class Slow:
         def keys(message: Message, context: Context) -> Message:
             self.calls += 1
             self.called.set()
-            assert self.let_go.wait(10)
+            assert self.let_go.wait(SECONDS)
             return reply_with(body(message) + b"!", message)
 
 
@@ -65,7 +67,7 @@ def test_a_request_at_work_during_a_cut_is_handled_once_and_answered_on_the_new_
     states.wait_for(LinkState.CONNECTED)
     grid = server.grid(RUN, 0)
     ids = grid.push_messages([grid.message("alpha", "query.keys", b"once", ttl=30)])
-    assert slow.called.wait(10)
+    assert slow.called.wait(SECONDS)
     server.disconnect("alpha")
     states.wait_for(LinkState.REFUSED)
     states.wait_for(LinkState.CONNECTED)
@@ -97,7 +99,7 @@ def test_a_site_that_restarts_handles_its_open_request_again(federation: Federat
     states.wait_for(LinkState.CONNECTED)
     grid = server.grid(RUN, 0)
     ids = grid.push_messages([grid.message("alpha", "query.keys", b"twice", ttl=30)])
-    assert stuck.called.wait(10)
+    assert stuck.called.wait(SECONDS)
     link.stop()
     states.wait_for(LinkState.STOPPED)
     stuck.let_go.set()
@@ -115,7 +117,7 @@ def test_the_newer_of_two_streams_of_a_site_stays(federation: Federation) -> Non
 
     def parts() -> Iterator[pb.FromSite]:
         yield hello
-        ended.wait(10)
+        ended.wait(SECONDS)
 
     old = federation.stub(tls).Control(parts())
     assert next(old).WhichOneof("part") == "hello"
@@ -135,7 +137,7 @@ def test_a_site_that_falls_silent_is_noticed(federation: Federation) -> None:
 
     def parts() -> Iterator[pb.FromSite]:
         yield pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION))
-        silent.wait(10)
+        silent.wait(SECONDS)
 
     stream = federation.stub(federation.tls_of("alpha")).Control(parts())
     next(stream)
@@ -146,21 +148,35 @@ def test_a_site_that_falls_silent_is_noticed(federation: Federation) -> None:
     silent.set()
 
 
-def test_heartbeats_keep_a_quiet_stream_open(federation: Federation) -> None:
-    federation.timing = Timing(heartbeat=0.05, silence=0.5)
-    server = federation.coordinator()
-    _, states = federation.site("alpha")
-    states.wait_for(LinkState.CONNECTED)
-    [since] = server.connected().values()
-    # Three times the silence that would end it, in which nobody has anything to say.
-    assert not threading.Event().wait(1.5)
-    assert server.connected() == {"alpha": since}
+def test_both_ends_speak_while_nobody_has_anything_to_say(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or they would give each other up: see the two tests before and after this one."""
+    heard, over = threading.Semaphore(0), threading.Event()
+
+    class Hearing(Allowance):
+        def take(self) -> bool:
+            heard.release()
+            return super().take()
+
+    def parts() -> Iterator[pb.FromSite]:
+        yield pb.FromSite(hello=pb.Hello(protocol_version=PROTOCOL_VERSION))
+        over.wait(SECONDS)
+
+    monkeypatch.setattr(service, "Allowance", Hearing)  # what a site may say that nobody asked for
+    federation.timing = Timing(heartbeat=0.05, silence=SECONDS)
+    federation.coordinator()
+    stream = federation.stub(federation.tls_of("alpha")).Control(parts())
+    assert [next(stream).WhichOneof("part") for _ in range(5)] == ["hello", *["heartbeat"] * 4]
+    over.set()
+    federation.site("beta")
+    assert all(heard.acquire(timeout=SECONDS) for _ in range(3))
 
 
 def test_a_coordinator_that_falls_silent_is_noticed(federation: Federation) -> None:
     federation.timing = Timing(heartbeat=30.0, silence=30.0)
     federation.coordinator()
-    _, states = federation.site("alpha", timing=Timing(heartbeat=0.05, silence=0.2))
+    _, states = federation.site("alpha", timing=Timing(heartbeat=0.05, silence=1.0))
     states.wait_for(LinkState.CONNECTED)
     assert "fell silent" in states.wait_for(LinkState.AWAY)
 

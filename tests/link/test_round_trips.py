@@ -17,7 +17,7 @@ from foedus_common.errors import LocalError
 from foedus_common.link.contents import body_of, content_of, context_of
 from foedus_common.link.transport import MAX_BODY, node_id
 from foedus_server.link.grid import SITE_FAILED, LinkStopping, SiteGrid
-from loopback import RUN, Federation, body, reply_with
+from loopback import RUN, SECONDS, Federation, body, reply_with
 
 
 def connected(federation: Federation, *sites: str, app: ClientApp | None = None) -> None:
@@ -27,7 +27,7 @@ def connected(federation: Federation, *sites: str, app: ClientApp | None = None)
 
 
 def ask(grid: SiteGrid, site: str, text: bytes, message_type: str = "query.keys") -> Message:
-    [reply] = grid.send_and_receive([grid.message(site, message_type, text, ttl=30.0)], timeout=10.0)
+    [reply] = grid.send_and_receive([grid.message(site, message_type, text, ttl=SECONDS)], timeout=SECONDS)
     return reply
 
 
@@ -50,8 +50,8 @@ def test_a_server_app_drives_four_stages_with_three_client_apps(federation: Fede
         assert isinstance(grid, SiteGrid)
         assert sorted(grid.get_node_ids()) == sorted(node_id(name) for name in names)
         for stage in ("keys", "shares", "mask", "unmask"):
-            questions = [grid.message(name, f"query.{stage}", b"go", ttl=30.0, group_id="5") for name in names]
-            for reply in grid.send_and_receive(questions, timeout=10.0):
+            questions = [grid.message(name, f"query.{stage}", b"go", ttl=SECONDS, group_id="5") for name in names]
+            for reply in grid.send_and_receive(questions, timeout=SECONDS):
                 assert reply.metadata.group_id == "5"
                 said[stage, grid.site(reply.metadata.src_node_id)] = body_of(reply)
 
@@ -114,7 +114,7 @@ def test_one_run_is_served_in_order_and_others_meanwhile(federation: Federation)
 
     @app.query("propose")
     def propose(message: Message, context: Context) -> Message:
-        assert approved.wait(10)
+        assert approved.wait(SECONDS)
         seen.append("approved")
         return reply_with(b"yes", message)
 
@@ -176,18 +176,18 @@ def test_a_stop_wakes_the_run_and_is_quick(federation: Federation) -> None:
     def drive() -> None:
         try:
             while True:
-                grid.wait(30.0)
+                grid.wait(2 * SECONDS)
         except LinkStopping as stopping:
             woken.append(str(stopping))
 
-    thread = threading.Thread(target=drive)
+    thread = threading.Thread(target=drive, daemon=True)
     thread.start()
-    stopping = threading.Thread(target=server.drain_and_stop, args=(30.0,))
+    stopping = threading.Thread(target=server.drain_and_stop, args=(2 * SECONDS,), daemon=True)
     stopping.start()
     # A drain that waited for the live stream would take the whole grace.
-    stopping.join(5.0)
+    stopping.join(SECONDS)
     assert not stopping.is_alive()
-    thread.join(5.0)
+    thread.join(SECONDS)
     assert woken == ["The coordinator is stopping; the run goes on after the next start."]
     with pytest.raises(LinkStopping):
         grid.push_messages([grid.message("alpha", "query.keys", b"", ttl=1)])
