@@ -68,9 +68,11 @@ def _leaves(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[st
 
 
 def assert_teaches(command: click.Command) -> None:
-    """One sentence on what the command does, and something on each of its arguments and options."""
+    """One sentence on what the command does, perhaps an example, and something on each of its arguments and options."""
     assert command.help is not None
-    assert command.help.strip().endswith((".", "?"))
+    sentence, _, example = command.help.strip().partition("\n\n")
+    assert sentence.endswith((".", "?"))
+    assert example.startswith("For example: ") or not example
     for parameter in command.params:
         assert getattr(parameter, "help", None), f"{command.name} says nothing about {parameter.name}"
 

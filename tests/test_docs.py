@@ -10,7 +10,9 @@ import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 import re
+import shlex
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
@@ -178,6 +180,22 @@ def leaves(group: click.Group, *names: str) -> Iterator[str]:
 def test_every_command_is_documented(name: str) -> None:
     shown = [f"{call} " for path in DOCUMENTS for call in commands(path)]
     assert [leaf for leaf in leaves(program(name)) if not any(c.startswith(f"{name} {leaf} ") for c in shown)] == []
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_has_an_example_that_can_be_typed(name: str) -> None:
+    for leaf in leaves(program(name)):
+        command: click.Command = program(name)
+        for word in leaf.split():
+            assert isinstance(command, click.Group)
+            command = command.commands[word]
+        if all(parameter.name in ("as_json", "yes") for parameter in command.params):
+            continue  # nothing to be shown
+        example = re.search(r"^For example: (.+)$", inspect.getdoc(command.callback) or "", re.MULTILINE)
+        assert example, f"`{name} {leaf} --help` shows no example"
+        check_call(call := re.split(r" [<>] ", example[1])[0])
+        assert f" {leaf} " in call
+        command.make_context(leaf, shlex.split(call.partition(f" {leaf} ")[2]))  # raises where something is missing
 
 
 # --- Tables ---

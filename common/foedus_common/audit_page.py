@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,13 @@ from foedus_common.journal import Checkpoint, Entry
 from foedus_common.private_files import create_private
 from foedus_common.terminal import print_facts, print_json, print_line, print_table
 
+DIGEST = re.compile("[0-9a-f]{40,}")
+SHOWN_DIGITS = 8
+
 Against = Annotated[
     Path | None, typer.Option("--against", help="Compare also with what `audit export` wrote on the other side.")
 ]
-Last = Annotated[int, typer.Option("--last", help="How many of the newest entries.")]
+Last = Annotated[int, typer.Option("--last", min=1, help="How many of the newest entries.")]
 Sheet = Annotated[Path, typer.Argument(help="Where the list goes. It holds signed heads and no entries.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
@@ -30,7 +34,9 @@ def show_verified(journal: Verified, more: Mapping[str, Any], as_json: bool) -> 
         "head": journal.end.head.hex(),
         "signed here up to": journal.signed,
         "countersigned up to": max(witnessed.values(), default=0),
-        "countersigned by": witnessed if as_json else ", ".join(f"{name} ({witnessed[name]})" for name in witnessed),
+        "countersigned by": witnessed
+        if as_json
+        else ", ".join(f"{name} ({witnessed[name]})" for name in witnessed) or "nobody",
         "heads that were lost": len(journal.losses),
         **more,
     }
@@ -47,8 +53,18 @@ def show_entries(entries: Sequence[Entry], as_json: bool) -> None:
 
 
 def _row(number: int, event: Mapping[str, Any]) -> tuple[Any, ...]:
-    what = (f"{name}={value}" for name, value in event.items() if name not in ("at", "event"))
+    told = {name: value for name, value in event.items() if name not in ("at", "event") and value is not None}
+    what = (f"{name}={_short(name, value)}" for name, value in told.items())
     return number, iso(event["at"]), event["event"], ", ".join(what)
+
+
+def _short(name: str, value: Any) -> Any:
+    """Times as dates, lists without brackets, and of digests and keys the first digits; `--json` has all."""
+    if name.endswith("_at") and isinstance(value, int | float):
+        return iso(value)
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value[:SHOWN_DIGITS]}…" if isinstance(value, str) and DIGEST.fullmatch(value) else value
 
 
 def write_sheet(file: Path, party: str, heads: Sequence[Head], there: str, as_json: bool) -> None:

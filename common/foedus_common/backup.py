@@ -88,9 +88,12 @@ def restore_backup(
         finish(draft, backup)
         draft.rename(home)
         make_rename_durable(home)
-    except (OSError, tarfile.TarError) as error:
+    except OSError as error:
         shutil.rmtree(draft)
-        raise LocalError(f"{file} cannot be restored: {error}.") from None
+        raise LocalError(f"{file} cannot be restored: {error.strerror}.") from None
+    except tarfile.TarError:
+        shutil.rmtree(draft)
+        raise LocalError(f"{file} is no backup of Foedus.") from None
     except BaseException:
         shutil.rmtree(draft)
         raise

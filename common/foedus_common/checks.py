@@ -18,7 +18,7 @@ from rich.text import Text
 
 from foedus_common.clock import DAY, iso
 from foedus_common.errors import FoedusError, LocalError
-from foedus_common.terminal import console, print_json
+from foedus_common.terminal import print_json, print_wide
 
 LEAST_FREE = 1 << 30
 """Bytes. Below, a round could stop in the middle for want of room."""
@@ -58,9 +58,12 @@ def show(findings: Iterable[Finding], as_json: bool) -> int:
         print_json(found)
     else:
         table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column()
+        table.add_column()
+        table.add_column(overflow="fold")
         for each in found:
             table.add_row(Text(each.state, style=_STYLES[each.state]), Text(each.check), Text(each.sentence))
-        console.print(table)
+        print_wide(table)
     return int(any(each.state == "problem" for each in found))
 
 

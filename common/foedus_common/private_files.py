@@ -5,6 +5,7 @@ Knows nothing of what the files hold. A file that others could read is refused r
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -84,7 +85,8 @@ def _written(path: Path, data: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise LocalError(f"{path} cannot be written: {error.strerror}; make room in its folder.") from None
+        advice = "; make room in its folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise LocalError(f"{path} cannot be written: {error.strerror}{advice}.") from None
     return Path(file.name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, NoReturn
@@ -25,6 +26,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
+GAP = "  "
+NO_TERMINAL = 10_000
+"""Columns of what is no terminal: a pipe or a file breaks no lines."""
 
 
 def run(app: typer.Typer, name: str) -> NoReturn:
@@ -34,6 +38,11 @@ def run(app: typer.Typer, name: str) -> NoReturn:
     except FoedusError as error:
         errors.print(f"{name}: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        errors.print(f"{name}: {error.filename}: {error.strerror}.", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
@@ -59,25 +68,63 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
-    """Rows for a person; `empty` is the sentence shown when there are none."""
+    """Rows for a person; `empty` is the sentence shown when there are none.
+
+    Nothing is cut off: where the columns do not fit side by side without breaking a word, such as a hash that a plan
+    has to name, each row is a block of lines.
+    """
     if not rows:
-        console.print(empty)
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # as it is: a name may look like markup
-    console.print(table)
+        return print_line(empty)
+    cells = [[_shown(value) for value in row] for row in rows]
+    contents = list(zip(columns, *cells, strict=True))
+    longest_words = [max(len(word) for cell in column for word in cell.split()) for column in contents]
+    if sum(longest_words) + len(GAP) * (len(columns) - 1) > _room():
+        return _print_blocks(columns, cells)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, len(GAP), 0, 0))
+    for (name, *column), least in zip(contents, longest_words, strict=True):
+        table.add_column(name, min_width=least, no_wrap=not any(" " in cell for cell in column))
+    for row in cells:
+        table.add_row(*map(Text, row))  # as it is: a name may look like markup
+    print_wide(table)
 
 
-def print_line(text: str) -> None:
+def _print_blocks(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for number, row in enumerate(rows):
+        if number:
+            print_line("")
+        print_facts(dict(zip(columns, row, strict=True)))
+
+
+def print_wide(table: Table) -> None:
+    """A table, which only a terminal makes narrower than it is."""
+    (console if console.is_terminal else Console(file=console.file, width=NO_TERMINAL)).print(table)
+
+
+def _room() -> int:
+    """Columns that a line may have."""
+    return console.width if console.is_terminal else NO_TERMINAL
+
+
+def print_line(text: str, style: str | None = None) -> None:
     """A sentence as it is: brackets are no markup, and only a terminal breaks lines."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """Names and values, one a line."""
+    """Names and values, one a line; a terminal breaks a long value below itself."""
     width = max(map(len, facts), default=0)
+    indent = " " * (width + len(GAP))
     for name, value in facts.items():
-        print_line(f"{name:<{width}}  {value}")
+        lines = textwrap.wrap(
+            _shown(value), max(20, _room() - len(indent)), break_long_words=False, break_on_hyphens=False
+        )
+        print_as_is(f"{name:<{width}}{GAP}" + f"\n{indent}".join(lines))
+
+
+def print_as_is(text: str) -> None:
+    """Lines that are made already: a chart, a hash."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _shown(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

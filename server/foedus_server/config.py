@@ -64,6 +64,9 @@ class Link:
     certificate_key: str = ""
 
     def __post_init__(self) -> None:
+        for name, port in (("port", self.port), ("enrolment_port", self.enrolment_port)):
+            if not 0 < port < 1 << 16:
+                raise LocalError(f"[link] {name} is {port}; a port is a number from 1 to 65535.")
         if bool(self.certificate) != bool(self.certificate_key):
             raise LocalError("[link] certificate and certificate_key belong together; give both or neither.")
 

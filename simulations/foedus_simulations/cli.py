@@ -49,7 +49,10 @@ def simulate(
     report: Annotated[Path | None, typer.Option(help="Folder for report.json, rounds.csv and report.html.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
-    """Run a plan over simulated sites: the protocol, the ledgers and the noise are real, the network is not."""
+    """Run a plan over simulated sites: the protocol, the ledgers and the noise are real, the network is not.
+
+    For example: foedus simulate plan.toml --model /models/bert --data rows.csv --partition dirichlet:0.5 --report out
+    """
     wanted, read = comparisons(compare), read_plan(plan)
     verify(model, read.model.sha256)
     rows = read_table(data, text, label, partition_by)

@@ -24,7 +24,10 @@ audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened
 
 @audit_app.command("verify")
 def audit_verify(context: typer.Context, against: audit_page.Against = None, as_json: Json = False) -> None:
-    """Check journal and ledger entry by entry, and against every head that was signed; names the first bad entry."""
+    """Check journal and ledger entry by entry, and against every head that was signed; names the first bad entry.
+
+    For example: foedus-site audit verify --against coordinator.json
+    """
     store, ledger, public_key = site_to_read(config.SiteHome.open(context.obj))
     name = json.loads(store.meta("site.joined") or "{}").get("site", "")
     found = verify(store, ledger, name, public_key)
@@ -37,14 +40,20 @@ def audit_verify(context: typer.Context, against: audit_page.Against = None, as_
 
 @audit_app.command("show")
 def audit_show(context: typer.Context, last: audit_page.Last = 20, as_json: Json = False) -> None:
-    """Show the newest entries of the journal."""
+    """Show the newest entries of the journal.
+
+    For example: foedus-site audit show --last 50
+    """
     store, _, _ = site_to_read(config.SiteHome.open(context.obj))
     audit_page.show_entries(store.journal_entries(after=max(0, store.journal_end().number - last)), as_json)
 
 
 @audit_app.command("export")
 def audit_export(context: typer.Context, file: audit_page.Sheet, as_json: Json = False) -> None:
-    """Write down the signed heads that this site holds of its own journal and of the coordinator's."""
+    """Write down the signed heads that this site holds of its own journal and of the coordinator's.
+
+    For example: foedus-site audit export north.json
+    """
     acting = Administrator(context.obj)
     sign_end(acting.store, acting.membership, system_random)
     audit_page.write_sheet(file, acting.membership.name, acting.store.heads(), "foedus", as_json)

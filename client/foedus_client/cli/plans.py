@@ -25,7 +25,7 @@ from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
 from foedus_common.privacy import accounting
 from foedus_common.privacy.statement import about_epsilons
-from foedus_common.terminal import Json, console, print_facts, print_json, print_table
+from foedus_common.terminal import Json, print_as_is, print_facts, print_json, print_line, print_table
 
 app = typer.Typer()
 
@@ -54,14 +54,14 @@ def plans(context: typer.Context, as_json: Json = False) -> None:
     )
     for row in rows:
         if row["state"] == "pending" and row["about_epsilons"]:
-            console.print(f"{row['name']}: {row['about_epsilons']}", markup=False)
+            print_line(f"{row['name']}: {row['about_epsilons']}")
         for reason in row["reasons"]:
-            console.print(f"{row['name']}: {reason}", style="yellow", markup=False)
+            print_line(f"{row['name']}: {reason}", style="yellow")
         if (said := row["approval"]) and said["expires_at"]:
             until = f"until {said['expires_at']}" if said["holds"] else f"which ended on {said['expires_at']}"
-            console.print(f"{row['name']}: approved by {said['by']} on {said['at']}, {until}.", markup=False)
+            print_line(f"{row['name']}: approved by {said['by']} on {said['at']}, {until}.")
     if any(row["state"] == "pending" for row in rows):
-        console.print("Next: foedus-site approve PLAN, or foedus-site decline PLAN")
+        print_line("Next: foedus-site approve PLAN, or foedus-site decline PLAN")
 
 
 def _plan_row(acting: Administrator, stored: StoredPlan) -> dict[str, Any]:
@@ -112,14 +112,17 @@ def approve(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Take part in a plan: its whole budget is set aside in the ledger now. Again, to renew or change an approval."""
+    """Take part in a plan: its whole budget is set aside in the ledger now. Again, to renew or change an approval.
+
+    For example: foedus-site approve icd-chapters --expires 90d --by "Dr. Ada"
+    """
     acting = Administrator(context.obj)
     stored, agreed = acting.plan(plan)
     expires_at = CLOCK.now() + _seconds(expires)
     acting.approval().approve(stored.digest, by or getpass.getuser(), expires_at, epsilon_cap)
     if as_json:
         return print_json({"run": str(stored.run_id), "state": "approved", "expires_at": iso(expires_at)})
-    console.print(f"{agreed.plan.run.name} is approved; the daemon takes part in it until {iso(expires_at)}.")
+    print_line(f"{agreed.plan.run.name} is approved; the daemon takes part in it until {iso(expires_at)}.")
 
 
 def _seconds(text: str) -> float:
@@ -136,7 +139,10 @@ def decline(
     plan: PlanName,
     as_json: Json = False,
 ) -> None:
-    """Take no part in a plan; the coordinator learns only that."""
+    """Take no part in a plan; the coordinator learns only that.
+
+    For example: foedus-site decline icd-chapters
+    """
     _refuse(context, plan, as_json, Approval.decline, "declined", "{} is declined.")
 
 
@@ -146,7 +152,10 @@ def withdraw(
     plan: PlanName,
     as_json: Json = False,
 ) -> None:
-    """Leave an approved plan for good: no further round is trained, and budget that was never released returns."""
+    """Leave an approved plan for good: no further round is trained, and budget that was never released returns.
+
+    For example: foedus-site withdraw icd-chapters
+    """
     sentence = "This site has withdrawn from {}; what it released stays spent."
     _refuse(context, plan, as_json, Approval.withdraw, "withdrawn", sentence)
     acting = Administrator(context.obj)
@@ -167,7 +176,7 @@ def _refuse(
     decide(acting.approval(), stored.digest, getpass.getuser())
     if as_json:
         return print_json({"run": str(stored.run_id), "state": state})
-    console.print(sentence.format(agreed.plan.run.name))
+    print_line(sentence.format(agreed.plan.run.name))
 
 
 # --- The ledger ---
@@ -184,7 +193,10 @@ def ledger(
     history: Annotated[bool, typer.Option("--history", help="With --json: what was spent by when, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what each dataset has spent, what is reserved, what is left, and how it came to that."""
+    """Show what each dataset has spent, what is reserved, what is left, and how it came to that.
+
+    For example: foedus-site ledger --verify
+    """
     if accept_loss:
         return _accept_loss(Administrator(context.obj), yes, as_json)
     home = config.SiteHome.open(context.obj)
@@ -217,12 +229,12 @@ def ledger(
         "No dataset has an account yet; `foedus-site data add` opens one.",
     )
     if lines:
-        console.print("Counted is one row, by this site's own noise alone (epsilon_local), in every run.")
+        print_line("Counted is one row, by this site's own noise alone (epsilon_local), in every run.")
     for account, points in kept.history(budget).items():
         if len(points) > 1:
-            console.print(f"\n{account}: epsilon spent, of {budget.epsilon:g}", markup=False)
+            print_line(f"\n{account}: epsilon spent, of {budget.epsilon:g}")
             for drawn in chart(points, budget.epsilon, CLOCK.now()):
-                console.print(drawn, markup=False, highlight=False, soft_wrap=True)
+                print_as_is(drawn)
 
 
 def _points(spent: dict[str, list[tuple[float, float]]], account: str) -> dict[str, Any]:
@@ -237,12 +249,12 @@ def _accept_loss(acting: Administrator, yes: bool, as_json: bool) -> None:
     else:
         raise LocalError("The ledger is in its newest state, so there is no loss to accept.")
     if not yes:
-        console.print(
-            f"{amiss}\n\nRuns that were approved since that copy was made are not in it at all: ask the operator "
+        print_line(
+            f"{amiss}\n\nRuns that were approved since that copy was made are not in it at all: ask the operator which "
+            "there were, and lower [policy] max_epsilon_lifetime by what they may have spent.\n"
         )
-        console.print("which there were, and lower [policy] max_epsilon_lifetime by what they may have spent.\n")
         typer.confirm("Count every run in it that could have gone on as spent in full?", abort=True)
     lost = acting.ledger.accept_loss(by=getpass.getuser())
     if as_json:
         return print_json({"spent_in_full": [str(run) for run in lost]})
-    console.print(f"{len(lost)} runs count as spent in full. The ledger goes on from here.")
+    print_line(f"{len(lost)} runs count as spent in full. The ledger goes on from here.")

@@ -22,6 +22,7 @@ from foedus_client.data import survey
 from foedus_client.ledger.high_water import state_folder
 from foedus_common import terminal
 from foedus_common.backup import restore_backup, write_backup
+from foedus_common.certificates import read_authorities
 from foedus_common.checks import show
 from foedus_common.clock import iso
 from foedus_common.core_dumps import forbid_core_dumps
@@ -31,7 +32,7 @@ from foedus_common.identity import fingerprint
 from foedus_common.link.transport import TlsIdentity
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.randomness import system_random
-from foedus_common.terminal import Json, console, print_facts, print_json, print_table
+from foedus_common.terminal import Json, print_facts, print_json, print_line, print_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,7 +78,10 @@ def join(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Make this site's keys and join the federation that the token names."""
+    """Make this site's keys and join the federation that the token names.
+
+    For example: foedus-site join - < north.token
+    """
     from foedus_client.link import site_link as link  # gRPC and Flower take a second to import
 
     invitation = decode_token(_pasted() if token in (None, "-") else token)
@@ -98,8 +102,8 @@ def join(
     membership = enrol.join(home.path, invitation, call, wait, random=system_random, clock=CLOCK)
     if as_json:
         return print_json({"site": membership.name, "org": invitation.org, "home": str(home.path)})
-    console.print(f"This machine is the site {membership.name} of {invitation.org}. Its home is {home.path}.")
-    console.print("Next: foedus-site model add FOLDER, foedus-site data add NAME FILE, foedus-site run")
+    print_line(f"This machine is the site {membership.name} of {invitation.org}. Its home is {home.path}.")
+    print_line("Next: foedus-site model add FOLDER, foedus-site data add NAME FILE, foedus-site run")
 
 
 def _pasted() -> str:
@@ -115,6 +119,8 @@ def _home_to_join(path: Path, proxy: str, authorities: str) -> config.SiteHome:
         raise LocalError(
             "A password would stand in the list of processes; put this proxy into https_proxy or site.toml."
         )
+    if authorities:
+        read_authorities(Path(authorities))  # before it goes into the settings
     given = config.SiteSettings(proxy=proxy, authorities=str(Path(authorities).absolute()) if authorities else "")
     kept = config.SiteHome.create(path, given).settings
     if given.proxy not in ("", kept.proxy) or given.authorities not in ("", kept.authorities):
@@ -126,7 +132,7 @@ def _show_waiting(public_key: bytes, root_public_key: bytes, as_json: bool) -> N
     ours, root = fingerprint(public_key), fingerprint(root_public_key)
     if as_json:
         return print_json({"waiting": True, "fingerprint": ours, "root": root})
-    console.print("Waiting for approval. Read these aloud to the operator, over a line you trust:\n")
+    print_line("Waiting for approval. Read these aloud to the operator, over a line you trust:\n")
     print_facts({"    this site's key": ours, "    the consortium's root": root})
 
 
@@ -181,7 +187,7 @@ def pause(context: typer.Context, as_json: Json = False) -> None:
     Administrator(context.obj).store.pause(by=getpass.getuser())
     if as_json:
         return print_json({"paused": True})
-    console.print("Paused; a round under way is finished first. Next: foedus-site resume")
+    print_line("Paused; a round under way is finished first. Next: foedus-site resume")
 
 
 @app.command()
@@ -190,7 +196,7 @@ def resume(context: typer.Context, as_json: Json = False) -> None:
     Administrator(context.obj).store.resume()
     if as_json:
         return print_json({"paused": False})
-    console.print("Back at work, if the daemon runs; `foedus-site status` says so.")
+    print_line("Back at work, if the daemon runs; `foedus-site status` says so.")
 
 
 @app.command()
@@ -212,7 +218,7 @@ def leave(
         enrol.leave(acting.home.path)
     if as_json:
         return print_json({"site": name, "left": True})
-    console.print(f"{name} has left. Tell the operator, who ends its membership: foedus site revoke {name}")
+    print_line(f"{name} has left. Tell the operator, who ends its membership: foedus site revoke {name}")
 
 
 @app.command()
@@ -230,7 +236,10 @@ def backup(
     file: Annotated[Path, typer.Argument(help="Where it goes. It is as secret as the home: it holds the site's keys.")],
     as_json: Json = False,
 ) -> None:
-    """Write the home to one file, also while the daemon runs. Models and data stay where they are."""
+    """Write the home to one file, also while the daemon runs. Models and data stay where they are.
+
+    For example: foedus-site backup north.backup
+    """
     acting = Administrator(context.obj)
     acting.store.log("backup.made", by=getpass.getuser())
     made = write_backup(
@@ -244,7 +253,7 @@ def backup(
     )
     if as_json:
         return print_json({"file": str(file.absolute()), **dataclasses.asdict(made)})
-    console.print(f"{file}: {made.files} files, {made.bytes} bytes. Keep it as safe as the home itself.")
+    print_line(f"{file}: {made.files} files, {made.bytes} bytes. Keep it as safe as the home itself.")
 
 
 @app.command()
@@ -253,14 +262,17 @@ def restore(
     file: Annotated[Path, typer.Argument(help="What `foedus-site backup` wrote.")],
     as_json: Json = False,
 ) -> None:
-    """Make a new home of a backup. One that is older than what this machine remembers will not be worked with."""
+    """Make a new home of a backup. One that is older than what this machine remembers will not be worked with.
+
+    For example: foedus-site --home another-home restore north.backup
+    """
     restored = restore_backup(file, context.obj, "site")
     acting = Administrator(context.obj)
     acting.store.log("home.restored", made_at=iso(restored.made_at), by=getpass.getuser())
     acting.store.check_high_water()
     if as_json:
         return print_json({"home": str(acting.home.path), **dataclasses.asdict(restored)})
-    console.print(f"{acting.home.path} is as it was on {iso(restored.made_at)}. Next: foedus-site doctor")
+    print_line(f"{acting.home.path} is as it was on {iso(restored.made_at)}. Next: foedus-site doctor")
 
 
 # --- Models and data ---
@@ -273,7 +285,10 @@ def model_add(
     name: Annotated[str | None, typer.Option(help="Else the folder's name.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Hash a model folder; from then on plans that name its hash can use it."""
+    """Hash a model folder; from then on plans that name its hash can use it.
+
+    For example: foedus-site model add /models/all-MiniLM-L6-v2
+    """
     acting, path = Administrator(context.obj), folder.resolve()
     sha256 = manifest_sha256(path)
     acting.store.add_model(name or path.name, sha256, path)
@@ -301,14 +316,17 @@ def data_add(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every row of a file now, and open the dataset's account in the ledger."""
+    """Check every row of a file now, and open the dataset's account in the ledger.
+
+    For example: foedus-site data add coding-terms rows.csv --column text=note --column label=chapter
+    """
     acting = Administrator(context.obj)
     columns = _columns(column or [])
     found = survey(file.resolve(), columns["text"], columns["label"])
     dataset = acting.ledger.add_dataset(name, file.resolve(), columns["text"], columns["label"], found)
     if as_json:
         return print_json({"name": name, "rows": dataset.rows, "labels": dataset.label_counts})
-    console.print(f"{name}: {dataset.rows} rows, all of them good, with {len(dataset.label_counts)} labels.")
+    print_line(f"{name}: {dataset.rows} rows, all of them good, with {len(dataset.label_counts)} labels.")
 
 
 def _columns(given: list[str]) -> dict[str, str]:

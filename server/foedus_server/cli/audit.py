@@ -19,7 +19,10 @@ audit_app = typer.Typer(no_args_is_help=True, help="The journal of what happened
 
 @audit_app.command("verify")
 def audit_verify(context: typer.Context, against: audit_page.Against = None, as_json: Json = False) -> None:
-    """Check the journal entry by entry, and against every head that was signed; names the first bad entry."""
+    """Check the journal entry by entry, and against every head that was signed; names the first bad entry.
+
+    For example: foedus audit verify --against north.json
+    """
     acting = operator(context)
     keys = [notary(acting.home, acting.store).public_key]
     sheet = [] if against is None else heads_in(read_limited(against, MAX_SHEET_BYTES), COORDINATOR, keys)
@@ -28,14 +31,20 @@ def audit_verify(context: typer.Context, against: audit_page.Against = None, as_
 
 @audit_app.command("show")
 def audit_show(context: typer.Context, last: audit_page.Last = 20, as_json: Json = False) -> None:
-    """Show the newest entries of the journal."""
+    """Show the newest entries of the journal.
+
+    For example: foedus audit show --last 50
+    """
     journal = operator(context).store.journal
     audit_page.show_entries(journal.entries(after=max(0, journal.journal_end().number - last)), as_json)
 
 
 @audit_app.command("export")
 def audit_export(context: typer.Context, file: audit_page.Sheet, as_json: Json = False) -> None:
-    """Write down the signed heads that are kept here, of this journal and of the sites' journals."""
+    """Write down the signed heads that are kept here, of this journal and of the sites' journals.
+
+    For example: foedus audit export coordinator.json
+    """
     acting = operator(context)
     notary(acting.home, acting.store).sign_end()
     audit_page.write_sheet(file, COORDINATOR, acting.store.journal.heads(), "foedus-site", as_json)

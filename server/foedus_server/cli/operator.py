@@ -22,7 +22,7 @@ from foedus_common.backup import Backup, restore_backup, write_backup
 from foedus_common.checks import show
 from foedus_common.clock import SystemClock, iso
 from foedus_common.core_dumps import forbid_core_dumps
-from foedus_common.errors import LocalError
+from foedus_common.errors import LocalError, RemoteError
 from foedus_common.identity import (
     MAX_ROSTER_BYTES,
     SIGNATURE_BYTES,
@@ -36,7 +36,7 @@ from foedus_common.identity import (
 )
 from foedus_common.private_files import read_limited
 from foedus_common.randomness import system_random
-from foedus_common.terminal import Json, console, errors, print_facts, print_json, print_table
+from foedus_common.terminal import Json, errors, print_facts, print_json, print_line, print_table
 from foedus_server import config
 from foedus_server.cli.audit import audit_app
 from foedus_server.cli.doctor import findings
@@ -109,7 +109,10 @@ def init(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a coordinator's home: keys, certificate authority, database."""
+    """Make a coordinator's home: keys, certificate authority, database.
+
+    For example: foedus init --host foedus.example.org --listen 0.0.0.0 --root-public-key root.key.pub
+    """
     if (root_public_key is None) != demonstration:
         raise LocalError("Give --root-public-key FILE from `foedus root new`, or --demonstration, and not both.")
     settings = config.Settings(federation, host, database, config.Link(listen, port, enrolment_port))
@@ -120,8 +123,8 @@ def init(
         return print_json(facts)
     print_facts(facts)
     if demonstration:
-        console.print("Demonstration only: the root key lies on this machine, so whoever has it can add sites.")
-    console.print("Next: foedus site invite NAME --org ORGANISATION, then foedus up")
+        print_line("Demonstration only: the root key lies on this machine, so whoever has it can add sites.")
+    print_line("Next: foedus site invite NAME --org ORGANISATION, then foedus up")
 
 
 @root_app.command("new")
@@ -129,7 +132,10 @@ def root_new(
     file: Annotated[Path, typer.Argument(help="Where the private key goes; FILE.pub is its public half.")],
     as_json: Json = False,
 ) -> None:
-    """Make the consortium's root key. Do it on a machine that is kept offline."""
+    """Make the consortium's root key. Do it on a machine that is kept offline.
+
+    For example: foedus root new root.key
+    """
     public = config.create_root_key(file, system_random)
     public_file = file.with_name(f"{file.name}.pub")
     public_file.write_bytes(public_pem(public))
@@ -157,7 +163,7 @@ def up(context: typer.Context, as_json: Json = False) -> None:
         print_json({"ready": True, **where})
     else:
         print_facts({"sites connect to": where["link"], "tokens are used at": where["enrolment"]})
-        console.print("Ready. Ctrl-C drains and stops.")
+        print_line("Ready. Ctrl-C drains and stops.")
     try:
         service.serve(stopping)
     finally:
@@ -176,7 +182,10 @@ def backup(
     file: Annotated[Path, typer.Argument(help="Where it goes. It is as secret as the home: it holds its keys.")],
     as_json: Json = False,
 ) -> None:
-    """Write the home to one file, also while `foedus up` runs. Models stay where they are."""
+    """Write the home to one file, also while `foedus up` runs. Models stay where they are.
+
+    For example: foedus backup foedus.backup
+    """
     acting = operator(context)
     acting.store.journal.log("backup.made", by=getpass.getuser())
     made = write_backup(
@@ -190,7 +199,7 @@ def backup(
     )
     if as_json:
         return print_json({"file": str(file.absolute()), **dataclasses.asdict(made)})
-    console.print(f"{file}: {made.files} files, {made.bytes} bytes. Keep it as safe as the home itself.")
+    print_line(f"{file}: {made.files} files, {made.bytes} bytes. Keep it as safe as the home itself.")
 
 
 @app.command()
@@ -202,7 +211,10 @@ def restore(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a new home of a backup. Rounds since then are lost; what they cost the sites is not given back."""
+    """Make a new home of a backup. Rounds since then are lost; what they cost the sites is not given back.
+
+    For example: foedus --home another-home restore foedus.backup
+    """
 
     def finish(draft: Path, made: Backup) -> None:
         with closing(config.put_database_back(draft, database, CLOCK)) as store:
@@ -211,7 +223,7 @@ def restore(
     restored = restore_backup(file, context.obj, "coordinator", finish)
     if as_json:
         return print_json({"home": str(context.obj), **dataclasses.asdict(restored)})
-    console.print(f"{context.obj} is as it was on {iso(restored.made_at)}. Next: foedus doctor, then foedus up")
+    print_line(f"{context.obj} is as it was on {iso(restored.made_at)}. Next: foedus doctor, then foedus up")
 
 
 # --- Sites and the roster ---
@@ -224,13 +236,19 @@ def site_invite(
     org: Annotated[str, typer.Option(help="The organisation that answers for the site.")],
     as_json: Json = False,
 ) -> None:
-    """Print one token for a new site: used once, within 24 hours."""
+    """Print one token for a new site: used once, within 24 hours.
+
+    For example: foedus site invite north --org "North Hospital" > north.token
+    """
     _show_token(registry(context).invite(name, org).encode(), name, as_json)
 
 
 @site_app.command("rotate")
 def site_rotate(context: typer.Context, name: SiteName, as_json: Json = False) -> None:
-    """Print a token with which a member makes new keys; the old ones hold until the new ones are approved."""
+    """Print a token with which a member makes new keys; the old ones hold until the new ones are approved.
+
+    For example: foedus site rotate north > north.token
+    """
     _show_token(registry(context).rotate(name).encode(), name, as_json)
 
 
@@ -275,14 +293,17 @@ def site_approve(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Accept a site's key after comparing its fingerprint with what its administrator sees."""
+    """Accept a site's key after comparing its fingerprint with what its administrator sees.
+
+    For example: foedus site approve north
+    """
     register = registry(context)
     key = register.site(name).waiting_key
     if key is None:
         raise LocalError(f"{name} has no key that waits; its administrator has to run `foedus-site join TOKEN` first.")
     ours = fingerprint(key)
     if fingerprint_read is None:
-        console.print(f"{name} shows this fingerprint if nobody is in between:\n\n    {ours}\n")
+        print_line(f"{name} shows this fingerprint if nobody is in between:\n\n    {ours}\n")
         if not typer.confirm("Is it the one that the administrator reads to you?"):
             raise LocalError(f"{name} was not approved; its token can be withdrawn by inviting it anew.")
     elif "".join(fingerprint_read.split()) != "".join(ours.split()):
@@ -290,18 +311,19 @@ def site_approve(
     register.approve(name, key)
     if as_json:
         return print_json({"site": name, "fingerprint": ours})
-    console.print(f"{name} is approved. Next: foedus roster sign{_with_root_key(context)}")
+    print_line(f"{name} is approved. Next: foedus roster sign{_with_root_key(context)}")
 
 
 @site_app.command("revoke")
 def site_revoke(context: typer.Context, name: SiteName, as_json: Json = False) -> None:
-    """End a site's membership; its session ends at once."""
+    """End a site's membership; its session ends at once.
+
+    For example: foedus site revoke north
+    """
     registry(context).revoke(name)
     if as_json:
         return print_json({"site": name, "state": "revoked"})
-    console.print(
-        f"{name} is revoked. Next: foedus roster sign{_with_root_key(context)}, so that the other sites know."
-    )
+    print_line(f"{name} is revoked. Next: foedus roster sign{_with_root_key(context)}, so that the other sites know.")
 
 
 def _with_root_key(context: typer.Context) -> str:
@@ -326,7 +348,7 @@ def authority_list(context: typer.Context, as_json: Json = False) -> None:
         return print_json({"authorities": rows, "waits_for": acting.lacking()})
     print_table(["authority", "ends", "shown to sites"], [list(row.values()) for row in rows], "")
     if waits_for := acting.lacking():
-        console.print(f"The newest is shown when these have had a certificate of it for a week: {', '.join(waits_for)}")
+        print_line(f"The newest is shown when these have had a certificate of it for a week: {', '.join(waits_for)}")
 
 
 @authority_app.command("rotate")
@@ -337,20 +359,23 @@ def authority_rotate(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         return print_json(facts)
     print_facts(facts)
-    console.print("Keep `foedus up` running: within a day sites trust it, and after a week it is shown to them.")
+    print_line("Keep `foedus up` running: within a day sites trust it, and after a week it is shown to them.")
 
 
 @roster_app.command("draft")
 def roster_draft(
     context: typer.Context, to: Annotated[Path, typer.Argument(help="File to write.")], as_json: Json = False
 ) -> None:
-    """Write the list of approved sites, to be carried to the machine with the root key."""
+    """Write the list of approved sites, to be carried to the machine with the root key.
+
+    For example: foedus roster draft draft.json
+    """
     roster = registry(context).draft_roster()
     to.write_bytes(roster.canonical())
     if as_json:
         return print_json({"file": str(to.absolute()), "epoch": roster.epoch, "sites": len(roster.sites)})
-    console.print(f"{to} holds epoch {roster.epoch} with {len(roster.sites)} sites.")
-    console.print(f"Next, where the root key is: foedus roster sign --root-key FILE --draft {to.name} --to SIGNED")
+    print_line(f"{to} holds epoch {roster.epoch} with {len(roster.sites)} sites.")
+    print_line(f"Next, where the root key is: foedus roster sign --root-key FILE --draft {to.name} --to SIGNED")
 
 
 @roster_app.command("sign")
@@ -363,18 +388,28 @@ def roster_sign(
     to: Annotated[Path | None, typer.Option(help="With --draft: where the signed roster goes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Sign the list of members with the root key: a draft from elsewhere, or this home's, which then counts at once."""
+    """Sign the list of members with the root key: a draft from elsewhere, or this home's, which then counts at once.
+
+    For example: foedus roster sign --root-key root.key --draft draft.json --to roster.signed
+    """
     if draft is not None or to is not None:
         if draft is None or to is None or root_key is None:
             raise LocalError("Away from the coordinator give all three: --root-key FILE, --draft FILE and --to FILE.")
-        roster = parse_roster(read_limited(draft, MAX_ROSTER_BYTES))
+        roster = _read_draft(draft)
         to.write_bytes(SignedRoster.sign(roster, read_key(root_key)).to_bytes())
         _show_roster(roster, as_json)
         return
     home = config.Home.open(context.obj)
     _show_roster(registry(context).sign_roster(home.root_key() if root_key is None else read_key(root_key)), as_json)
     if home.demonstration and not as_json:
-        console.print("Demonstration only: the root key was on this machine.")
+        print_line("Demonstration only: the root key was on this machine.")
+
+
+def _read_draft(file: Path) -> Roster:
+    try:
+        return parse_roster(read_limited(file, MAX_ROSTER_BYTES))
+    except RemoteError:
+        raise LocalError(f"{file} is no draft of a roster; `foedus roster draft FILE` writes one.") from None
 
 
 @roster_app.command("install")
@@ -383,7 +418,10 @@ def roster_install(
     signed: Annotated[Path, typer.Argument(help="What `roster sign --to` wrote.")],
     as_json: Json = False,
 ) -> None:
-    """Give out a roster that was signed elsewhere, from now on."""
+    """Give out a roster that was signed elsewhere, from now on.
+
+    For example: foedus roster install roster.signed
+    """
     data = read_limited(signed, MAX_ROSTER_BYTES + SIGNATURE_BYTES)
     _show_roster(registry(context).install_roster(SignedRoster.from_bytes(data)), as_json)
 

@@ -12,7 +12,7 @@ from foedus_common.errors import LocalError
 from foedus_common.plan import read_plan
 from foedus_common.protocol.draw import withstood
 from foedus_common.randomness import system_random
-from foedus_common.terminal import Json, console, print_facts, print_json, print_table
+from foedus_common.terminal import Json, print_facts, print_json, print_line, print_table
 from foedus_server.cli import watch
 from foedus_server.commands import Operator, as_facts, describe
 from foedus_server.config import Home
@@ -40,7 +40,10 @@ def model_add(
     name: Annotated[str | None, typer.Option(help="Else the folder's name.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Hash a model folder and remember it under its name."""
+    """Hash a model folder and remember it under its name.
+
+    For example: foedus model add /models/all-MiniLM-L6-v2
+    """
     model = operator(context).add_model(folder, name)
     if as_json:
         return print_json(model)
@@ -61,18 +64,24 @@ def model_list(context: typer.Context, as_json: Json = False) -> None:
 def plan_new(
     file: Annotated[Path, typer.Argument(help="Where to write the plan.")] = Path("plan.toml"), as_json: Json = False
 ) -> None:
-    """Write a plan to start from, with a comment on every number."""
+    """Write a plan to start from, with a comment on every number.
+
+    For example: foedus plan new plan.toml
+    """
     if file.exists():
         raise LocalError(f"{file} exists and is not overwritten; give another name.")
     file.write_text((Path(__file__).parent / "plan_template.toml").read_text(encoding="utf-8"), encoding="utf-8")
     if as_json:
         return print_json({"file": str(file.absolute())})
-    console.print(f"{file} is written. Fill it in, then: foedus plan check {file}")
+    print_line(f"{file} is written. Fill it in, then: foedus plan check {file}")
 
 
 @plan_app.command("check")
 def plan_check(context: typer.Context, plan: PlanFile, as_json: Json = False) -> None:
-    """Check a plan whole, as `run submit` does, and say what it means. No site is asked."""
+    """Check a plan whole, as `run submit` does, and say what it means. No site is asked.
+
+    For example: foedus plan check plan.toml
+    """
     agreed = operator(context).prepare(plan).agreed
     secure = agreed.plan.secure_aggregation
     facts = describe(agreed) | {
@@ -107,13 +116,16 @@ def _run(context: typer.Context, text: str) -> tuple[Operator, Run]:
 
 @run_app.command("submit")
 def run_submit(context: typer.Context, plan: PlanFile, as_json: Json = False) -> None:
-    """Check a plan, sign it and put it before the sites."""
+    """Check a plan, sign it and put it before the sites.
+
+    For example: foedus run submit plan.toml
+    """
     read_plan(plan)  # the quick mistakes first
     run = operator(context).submit(plan)
     if as_json:
         return print_json({"run": str(run.run_id), "name": run.name})
-    console.print(f"Run {run.run_id} ({run.name}) is submitted; its sites' administrators decide now.")
-    console.print(f"Next: foedus run watch {run.name}")
+    print_line(f"Run {run.run_id} ({run.name}) is submitted; its sites' administrators decide now.")
+    print_line(f"Next: foedus run watch {run.name}")
 
 
 @run_app.command("list")
@@ -129,7 +141,10 @@ def run_list(context: typer.Context, as_json: Json = False) -> None:
 
 @run_app.command("show")
 def run_show(context: typer.Context, run: RunName, as_json: Json = False) -> None:
-    """Show a run: state, plan in numbers, each round with its cohort, bytes and seconds."""
+    """Show a run: state, plan in numbers, each round with its cohort, bytes and seconds.
+
+    For example: foedus run show icd-chapters
+    """
     acting, found = _run(context, run)
     if as_json:
         return print_json(as_facts(found, acting))
@@ -138,7 +153,10 @@ def run_show(context: typer.Context, run: RunName, as_json: Json = False) -> Non
 
 @run_app.command("watch")
 def run_watch(context: typer.Context, run: RunName, as_json: Json = False) -> None:
-    """Follow a run until it ends; Ctrl-C stops watching, not the run."""
+    """Follow a run until it ends; Ctrl-C stops watching, not the run.
+
+    For example: foedus run watch icd-chapters
+    """
     acting, found = _run(context, run)
     final = (watch.await_end if as_json else watch.follow)(acting.store, found.run_id)
     if as_json:
@@ -149,23 +167,29 @@ def run_watch(context: typer.Context, run: RunName, as_json: Json = False) -> No
 
 @run_app.command("stop")
 def run_stop(context: typer.Context, run: RunName, as_json: Json = False) -> None:
-    """Stop a run after the message under way; its adapters stay."""
+    """Stop a run after the message under way; its adapters stay.
+
+    For example: foedus run stop icd-chapters
+    """
     acting, found = _run(context, run)
     stopped = acting.stop(found)
     if as_json:
         return print_json({"run": str(stopped.run_id), "state": stopped.state})
-    console.print(f"{stopped.name} is stopping.")
+    print_line(f"{stopped.name} is stopping.")
 
 
 @run_app.command("resume")
 def run_resume(context: typer.Context, run: RunName, as_json: Json = False) -> None:
-    """Take up a stopped or failed run after its last committed round. Its sites decide anew."""
+    """Take up a stopped or failed run after its last committed round. Its sites decide anew.
+
+    For example: foedus run resume icd-chapters
+    """
     acting, found = _run(context, run)
     resumed = acting.resume(found)
     if as_json:
         return print_json({"run": str(resumed.run_id), "state": resumed.state, "rounds_done": resumed.rounds_done})
-    console.print(f"{resumed.name} goes on after round {resumed.rounds_done}; its sites' administrators decide anew.")
-    console.print(f"Next: foedus run watch {resumed.name}")
+    print_line(f"{resumed.name} goes on after round {resumed.rounds_done}; its sites' administrators decide anew.")
+    print_line(f"Next: foedus run watch {resumed.name}")
 
 
 @run_app.command("export")
@@ -175,13 +199,16 @@ def run_export(
     to: Annotated[Path | None, typer.Option(help="Folder to write; else RUN-adapter here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the adapter as a PEFT folder with its head, its labels and a card that says how to load it."""
+    """Write the adapter as a PEFT folder with its head, its labels and a card that says how to load it.
+
+    For example: foedus run export icd-chapters --to adapter
+    """
     acting, found = _run(context, run)
     folder = to or Path(f"{found.name}-adapter")
     acting.export(found, folder)
     if as_json:
         return print_json({"run": str(found.run_id), "folder": str(folder.resolve())})
-    console.print(f"The adapter of {found.name} is in {folder}; its README.md has the lines that load it.")
+    print_line(f"The adapter of {found.name} is in {folder}; its README.md has the lines that load it.")
 
 
 @run_app.command("evaluate")
@@ -194,7 +221,10 @@ def run_evaluate(
     every_round: Annotated[bool, typer.Option("--every-round", help="Not only the last.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy on held-out rows, in a child process."""
+    """Measure accuracy on held-out rows, in a child process.
+
+    For example: foedus run evaluate icd-chapters --data held-out.csv --text note --label chapter
+    """
     acting, found = _run(context, run)
     results = acting.evaluate(found, data, text, label, every_round)
     if as_json:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from foedus_common.terminal import console, print_line
+from foedus_common.terminal import console, print_line, print_wide
 from foedus_server.store import Attempt, Run, Store
 
 LOOK_SECONDS = 0.25
@@ -67,10 +67,10 @@ def show(store: Store, run_id: int) -> None:
     """The whole run, once."""
     run = store.runs.run(run_id)
     print_line(_ending(run) if run.state in ENDED else f"{run.name}: {_note(run, store.runs.attempts(run_id))}")
-    console.print(rounds_table(store.runs.attempts(run_id)))
+    print_wide(rounds_table(store.runs.attempts(run_id)))
 
 
-def rounds_table(attempts: Sequence[Attempt]) -> RenderableType:
+def rounds_table(attempts: Sequence[Attempt]) -> Table:
     """One line per attempt."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("round", "attempt", "state", "sites", "training", "secure sum", "up", "down"):

@@ -26,7 +26,15 @@ from foedus_common.enrolment import (
     reply_to_bytes,
 )
 from foedus_common.errors import LocalError, RemoteError
-from foedus_common.identity import Roster, RosterSite, SignedRoster, check_org, check_site_name, public_bytes
+from foedus_common.identity import (
+    Roster,
+    RosterSite,
+    SignedRoster,
+    check_org,
+    check_site_name,
+    fingerprint,
+    public_bytes,
+)
 from foedus_common.journal import Refusals
 from foedus_common.randomness import RandomBytes
 from foedus_server.config import Home
@@ -146,7 +154,16 @@ class Registry:
         return roster
 
     def sign_roster(self, root_key: Ed25519PrivateKey, days: float = ROSTER_DAYS) -> Roster:
-        """Draft, sign and install in one step, where the root key is at hand. Errors of `install_roster`."""
+        """Draft, sign and install in one step, where the root key is at hand.
+
+        Raises:
+            LocalError: the key is not the root's.
+        """
+        if public_bytes(root_key) != self._root_public_key:
+            raise LocalError(
+                "This is not the key of the consortium's root, whose fingerprint is "
+                f"{fingerprint(self._root_public_key)}; give the file that `foedus root new` made for it."
+            )
         return self.install_roster(SignedRoster.sign(self.draft_roster(days), root_key))
 
     def roster(self) -> SignedRoster | None:
