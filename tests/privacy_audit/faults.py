@@ -7,6 +7,7 @@ find is a check that it lacks.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from foedus_common.plan import AgreedPlan
 from foedus_common.privacy.noise import NoiseGrid
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks import local_trainer, private_training
-from privacy_audit.reference import Reals, ReferenceSum, Shorten
+from privacy_audit.reference import Reals, ReferenceSum, Shorten, whole_vector
 from privacy_audit.specimens import DIVISOR
 from seeded import seeded
 
@@ -54,6 +55,23 @@ def _on_the_grid(total: Reals, clip: float, grid: NoiseGrid) -> Reals:
 
 def _halved(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
     return _noised_sum(total, clip, dataclasses.replace(grid, sigma=grid.sigma // 2), random)
+
+
+def _a_tenth_too_small(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
+    return _noised_sum(total, clip, dataclasses.replace(grid, sigma=grid.sigma * 9 // 10), random)
+
+
+def _a_fifth_of_the_last() -> AbstractContextManager[Any]:
+    """Noise of the stated width that follows the step before it a little."""
+    last: dict[int, Reals] = {}
+
+    def noised(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
+        fresh = _noised_sum(np.zeros_like(total), clip, grid, random)
+        draw = math.sqrt(1 - 0.2**2) * fresh + 0.2 * last.get(total.size, np.zeros_like(total))
+        last[total.size] = _on_the_grid(draw, clip, grid)
+        return _on_the_grid(total, clip, grid) + last[total.size]
+
+    return noise_replaced(noised)
 
 
 def _the_same_in_every_step(total: Reals, clip: float, grid: NoiseGrid, random: RandomBytes) -> Reals:
@@ -121,6 +139,10 @@ def _layer_by_layer(gradient: Reals, scales: Reals, clip: float, tensors: Mappin
     return np.concatenate([part * min(1.0, clip / max(float(np.linalg.norm(part)), 1e-300)) for part in parts])
 
 
+def _a_fifth_too_far(gradient: Reals, scales: Reals, clip: float, tensors: Mapping[str, slice]) -> Reals:
+    return whole_vector(gradient, scales, 1.2 * clip, tensors)
+
+
 def _before_scaling(gradient: Reals, scales: Reals, clip: float, tensors: Mapping[str, slice]) -> Reals:
     """Clipped first and scaled then: a scale above 1 takes the row over its bound."""
     return gradient * min(1.0, clip / float(np.linalg.norm(gradient))) * scales
@@ -164,7 +186,9 @@ def _sampling(replacement: Callable[[int, float, RandomBytes], NDArray[np.int64]
 
 FAULTS: Mapping[str, Fault] = {
     "noise halved": lambda: noise_replaced(_halved),
+    "noise a tenth too small": lambda: noise_replaced(_a_tenth_too_small),
     "noise on the factors only": _on_factors_only,
+    "noise that keeps a fifth of the last step's": _a_fifth_of_the_last,
     "noise the same in every step": lambda: noise_replaced(_the_same_in_every_step),
     "noise the same in every round": _the_same_in_every_round,
     "noise repeated over the coordinates": lambda: noise_replaced(_tiled),
@@ -173,6 +197,7 @@ FAULTS: Mapping[str, Fault] = {
     "no noise on an empty batch": lambda: noise_replaced(_none_on_an_empty_batch),
     "an empty batch is drawn again": lambda: _sampling(_until_not_empty),
     "rows drawn at twice the rate": lambda: _sampling(_twice_the_rate),
+    "clipped at 1.2 times the bound": lambda: _gradients(_a_fifth_too_far),
     "clipped layer by layer": lambda: _gradients(_layer_by_layer),
     "clipped before the scale": lambda: _gradients(_before_scaling),
     "clipped after the division": lambda: _gradients(_after_division),

@@ -23,7 +23,7 @@ from privacy_audit.specimens import Release, Specimen
 from privacy_audit.verdicts import Finding, worst_of
 
 LAGS = 512
-"""Distances between coordinates up to which all are tested; beyond them, those between the beginnings of tensors."""
+"""Distances up to which all are tested; between coordinates, beyond them those between the beginnings of tensors."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def findings(phases: Sequence[Residuals]) -> list[Finding]:
         _distribution(phases),
         _tails(phases),
         _independent_of_gradients(tensors),
-        _independent_over_steps(phases),
+        _independent_of_every_step(phases),
+        _independent_over_time(phases),
         _independent_over_coordinates(phases),
     ]
 
@@ -193,7 +194,7 @@ def _independent_of_gradients(tensors: Sequence[Place]) -> Finding:
     return worst_of("independent of the gradients", *_normal(scores))
 
 
-def _independent_over_steps(phases: Sequence[Residuals]) -> Finding:
+def _independent_of_every_step(phases: Sequence[Residuals]) -> Finding:
     """Every pair of steps, over the coordinates that both have: those of the head come first in every phase."""
     scores: list[Reals] = []
     for number, later in enumerate(phases):
@@ -205,23 +206,33 @@ def _independent_over_steps(phases: Sequence[Residuals]) -> Finding:
                 pairs = np.tril(pairs, -1)
             along = later.noise[:, :shared] @ earlier.noise[:, :shared].T
             scores.append((along / np.where(norms > 0, norms, 1.0))[pairs])
-    return worst_of("fresh in every step and round", *_normal(np.concatenate(scores)))
+    return worst_of("fresh in every pair of steps", *_normal(np.concatenate(scores)))
+
+
+def _independent_over_time(phases: Sequence[Residuals]) -> Finding:
+    """Steps at each distance together, where a pair by itself would show little: noise that keeps some of the last."""
+    scores = [_apart(phase.noise, lag) for phase in phases for lag in range(1, min(len(phase.noise), LAGS))]
+    return worst_of("fresh from step to step", *_normal(scores))
 
 
 def _independent_over_coordinates(phases: Sequence[Residuals]) -> Finding:
-    """Coordinates at each distance h: those of even blocks of h are conditioned on, each with the one h after it."""
     scores = []
     for phase in phases:
         width = phase.noise.shape[1]
         starts = [place.start for place in phase.tensors.values()]
         between = {second - first for first in starts for second in starts if second > first}
-        for lag in sorted(between | set(range(1, min(width // 2, LAGS) + 1))):
-            first = np.arange(width - lag)
-            first = first[(first // lag) % 2 == 0]
-            norm = float(np.linalg.norm(phase.noise[:, first]))
-            if norm > 0:
-                scores.append(float((phase.noise[:, first] * phase.noise[:, first + lag]).sum()) / norm)
+        lags = sorted(between | set(range(1, min(width // 2, LAGS) + 1)))
+        scores += [_apart(phase.noise.T, lag) for lag in lags]
     return worst_of("fresh in every coordinate", *_normal(scores))
+
+
+def _apart(noise: Reals, lag: int) -> float:
+    """A standard normal score of rows and those `lag` after them: rows of even blocks of `lag` are conditioned on, each
+    with the one that far behind. 0 where the former are zero."""
+    first = np.arange(len(noise) - lag)
+    first = first[(first // lag) % 2 == 0]
+    norm = float(np.linalg.norm(noise[first]))
+    return float((noise[first] * noise[first + lag]).sum()) / norm if norm > 0 else 0.0
 
 
 # --- Their p-values ---
