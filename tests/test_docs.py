@@ -215,11 +215,11 @@ def test_the_table_of_refusals_is_complete() -> None:
 
 
 def test_the_table_of_thresholds_is_what_is_computed() -> None:
-    rows = [tuple(map(int, row)) for row in first_cells(ROOT / "docs/protocol.md", "Thresholds")]
+    rows = [tuple(map(int, (row[0], *row[2:]))) for row in first_cells(ROOT / "docs/protocol.md", "Thresholds")]
     assert len(rows) >= 5
-    for n, c, t, m_min, drops in rows:
-        limits = thresholds(n, c)
-        assert (limits.threshold, limits.minimum, tolerated_drops(n, c)) == (t, m_min, drops)
+    for n, c, s, t, m_min, drops in rows:
+        limits = thresholds(n, c, s)
+        assert (limits.threshold, limits.minimum, tolerated_drops(n, c, s)) == (t, m_min, drops)
 
 
 def test_the_table_of_colluders_is_what_is_computed() -> None:

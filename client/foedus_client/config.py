@@ -87,7 +87,7 @@ class SiteSettings(Computing):
             f"max_epsilon_lifetime = {policy.max_epsilon_lifetime}  # per dataset, all runs together\n"
             f"delta = {policy.delta}  # at which all three are meant\n"
             f"min_sites = {policy.min_sites}\n"
-            f"colluding = {policy.colluding}  # so many sites that help the coordinator must learn nothing\n"
+            f"colluding = {policy.colluding}  # so many organisations that help the coordinator must learn nothing\n"
             f"must_include = {json.dumps(policy.must_include)}  # other organisations that have to be in every sum\n"
             f"base_models = {json.dumps(policy.base_models)}  # manifest hashes; empty: every model added here\n"
             f"tasks = {json.dumps(policy.tasks)}\n"

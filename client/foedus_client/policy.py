@@ -30,10 +30,11 @@ class SitePolicy:
 
     max_epsilon_per_run, max_epsilon_per_day, max_epsilon_lifetime: epsilon_local of one row at `delta`, the latter two
     per dataset; whatever a plan's unit of privacy is, for runs of both units may use the same rows. A day is any 24
-    hours. min_sites: the least that a plan may allow in a sum. colluding: how many sites that help the coordinator a
-    plan has to withstand at least. must_include: other organisations; at least as many of their sites as there are
-    names have to be in every sum. base_models: manifest hashes; empty for every model that was added here.
-    allow_without_privacy: lets plans with unit = "none" in, which no cap can hold.
+    hours. min_sites: the least that a plan may allow in a sum. colluding: how many organisations that help the
+    coordinator, each with all of its sites, a plan has to withstand at least. must_include: other organisations; at
+    least as many of their sites as there are names have to be in every sum. base_models: manifest hashes; empty for
+    every model that was added here. allow_without_privacy: lets plans with unit = "none" in, which no cap can
+    hold.
     """
 
     max_epsilon_per_run: float = 8.0
@@ -135,7 +136,10 @@ def _about_sites(agreed: AgreedPlan, facts: Facts, policy: SitePolicy) -> Iterat
     if fewest < policy.min_sites:
         yield f"The plan allows sums of {fewest} sites, and [policy] min_sites is {policy.min_sites}."
     if secure.colluding < policy.colluding:
-        yield f"The plan withstands {secure.colluding} colluding sites, and [policy] colluding is {policy.colluding}."
+        yield (
+            f"The plan withstands {secure.colluding} colluding organisations, and [policy] colluding is "
+            f"{policy.colluding}."
+        )
     for organisation in policy.must_include:
         if organisation == facts.organisation:
             yield f"[policy] must_include names this site's own organisation, {organisation!r}; name others."

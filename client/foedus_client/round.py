@@ -59,7 +59,7 @@ from foedus_common.protocol.site_stages import (
 )
 from foedus_common.protocol.thresholds import PeerRule
 from foedus_common.randomness import RandomBytes
-from foedus_common.ranges import half_range
+from foedus_common.ranges import counted_sites, half_range
 from foedus_common.terms import protocol_roster, round_terms
 
 logger = logging.getLogger(__name__)
@@ -316,15 +316,17 @@ class SiteRounds:
         outbox = site.store.outbox(attempt.run_id, attempt.round)
         if outbox is None:
             raise RemoteError(Reason.WRONG_STAGE, "no vector of this round is in the outbox")
+        agreed = parse_agreed_plan(plan.canonical)
         session = SiteSession(
             site=site.member.name,
             sign=site.member.key.sign,
             roster=protocol_roster(site.member.roster(site.clock.now())),
             rule=peer_rule(site.policy),
-            size=parse_agreed_plan(plan.canonical).plan.secure_aggregation.size,
+            size=agreed.plan.secure_aggregation.size,
             outbox=outbox,
             vectors=ObjectVectors(site.objects),
             random=site.random,
+            honest=counted_sites(agreed, outbox.terms.phase),
         )
         if attempt in outbox.attempts_seen:
             return session, session.after_restart(site.store.answered(attempt))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,13 @@ class Roster:
     @property
     def organisations(self) -> Mapping[str, str]:
         return {site.name: site.org for site in self.sites}
+
+    @property
+    def members(self) -> str:
+        """For people: 12 sites of 3 organisations (up to 10 each)."""
+        counts = Counter(site.org for site in self.sites)
+        most = max(counts.values(), default=1)
+        return f"{len(self.sites)} sites of {len(counts)} organisations" + (f" (up to {most} each)" if most > 1 else "")
 
 
 def parse_roster(canonical: bytes) -> Roster:

@@ -132,7 +132,7 @@ class Aggregation:
 class SecureAggregation:
     min_sites: int = 3
     max_sites: int = 16
-    colluding: int = 1
+    colluding: int = 1  # organisations that may help the coordinator, each with all its sites
     field_bits: int = 21
     retries: int = 2
 
@@ -213,7 +213,7 @@ def _problems(plan: RunPlan) -> Iterator[str]:
     elif not 0 <= secure.colluding <= secure.size.smallest_sum - 2:
         yield (
             f"must have [secure_aggregation] colluding between 0 and {secure.size.smallest_sum - 2}: two "
-            "fewer than the smallest sum has sites."
+            "organisations fewer than the smallest sum has sites."
         )
     if not 8 <= secure.field_bits <= 32:
         yield "must have [secure_aggregation] field_bits between 8 and 32."

@@ -59,10 +59,18 @@ def honest_sites(agreed: AgreedPlan) -> int:
     """How many honest sites' noises are in every sum that the protocol opens, at least.
 
     A sum holds at least max(t, m_min) sites of the smallest cohort that the plan allows, of which c may keep their
-    noise to themselves. For a site that is in the sum and honest, its own noise is one of them.
+    noise to themselves. For a site that is in the sum and honest, its own noise is one of them. So it is where the
+    organisations that may collude have one site each; a cohort in which they have more is larger, or no site joins it
+    (`counted_sites`).
     """
     secure = agreed.plan.secure_aggregation
     return thresholds(secure.size.smallest_sum, secure.colluding).quorum - secure.colluding
+
+
+def counted_sites(agreed: AgreedPlan, phase: int) -> int:
+    """How many honest sites' noises the plan counts in every sum of a phase, so that a site joins no cohort that could
+    open a sum with fewer; 0 where it counts a site's own noise alone."""
+    return honest_sites(agreed) if agreed.plan.privacy.unit == "site" or agreed.linear(phase) else 0
 
 
 def noise_grid(agreed: AgreedPlan, phase: int) -> NoiseGrid:

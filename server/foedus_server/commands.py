@@ -19,7 +19,7 @@ from typing import Any
 from foedus_common.adapters import AdapterSpec, adapter_bytes, load_adapter, parse_spec
 from foedus_common.clock import Clock
 from foedus_common.errors import LocalError
-from foedus_common.identity import SignedPlan
+from foedus_common.identity import SignedPlan, SignedRoster, parse_roster
 from foedus_common.model_folder import manifest_sha256, verify
 from foedus_common.objects import ObjectRef, ObjectStore
 from foedus_common.plan import AgreedPlan, RunPlan, read_plan, schedule
@@ -27,6 +27,7 @@ from foedus_common.privacy.accounting import View, calibrate, epsilons, event_of
 from foedus_common.privacy.statement import about_epsilons
 from foedus_common.randomness import RandomBytes
 from foedus_common.terms import field_layout
+from foedus_server.cohorts import outlook
 from foedus_server.config import Home
 from foedus_server.release.evaluation import Score, evaluate
 from foedus_server.release.export import Facts, export
@@ -144,6 +145,11 @@ class Operator:
         runs.submit(agreed.run_id, agreed.plan.run.name, path.read_text(encoding="utf-8"), agreed.plan.rounds)
         runs.agree(agreed.run_id, signed.to_bytes(), agreed.digest(), prepared.spec.canonical())
         return runs.move(agreed.run_id, ["submitted"], "inviting")
+
+    def outlook(self, agreed: AgreedPlan) -> str:
+        """What a round of the plan needs if every site of the newest roster takes part; "" where there is none yet."""
+        newest = self.store.members.roster()
+        return "" if newest is None else outlook(agreed, parse_roster(SignedRoster.from_bytes(newest[1]).canonical))
 
     # --- Runs ---
 

@@ -40,7 +40,8 @@ from foedus_common.protocol.coordinator_session import (
 from foedus_common.protocol.draw import RoundSize
 from foedus_common.protocol.effects import Arrived, Deadline, Dropped, Effects, Send
 from foedus_common.protocol.masks import Words
-from foedus_common.protocol.thresholds import thresholds
+from foedus_common.protocol.thresholds import cohort_thresholds
+from foedus_common.ranges import counted_sites
 from foedus_common.terms import protocol_roster, round_terms
 from foedus_server.config import Patience
 
@@ -227,10 +228,16 @@ class Round:
         self, cohorts: Sequence[tuple[str, ...]], seeds: tuple[tuple[str, bytes], ...] = ()
     ) -> Committed | Aborted:
         """The mean over every cohort whose sum opened; the sites of one whose did not are missed like dropouts."""
-        sessions = [self._session(cohort, seeds) for cohort in cohorts]
+        sessions: list[CoordinatorSession] = []
+        unsafe: list[FoedusError] = []
+        for cohort in cohorts:
+            try:
+                sessions.append(self._session(cohort, seeds))
+            except RemoteError as refusal:  # none of its sites would join it
+                unsafe.append(refusal)
         states = self._play(sessions, STAGE_TYPES, STAGE_NAMES)
         opened = [state for state in states if isinstance(state, Opened)]
-        failed = [state.error for state in states if isinstance(state, Failed)]
+        failed = [*unsafe, *(state.error for state in states if isinstance(state, Failed))]
         if not opened:
             return Aborted(failed[0])
         for error in failed:
@@ -240,10 +247,13 @@ class Round:
         return Committed(total / len(survivors), survivors)
 
     def _session(self, cohort: tuple[str, ...], seeds: tuple[tuple[str, bytes], ...]) -> CoordinatorSession:
-        limits, roster = thresholds(len(cohort), self._terms.colluding), protocol_roster(self._task.roster)
+        """Raises RemoteError for a cohort that its sites would refuse."""
+        terms, roster = self._terms, protocol_roster(self._task.roster)
+        honest = counted_sites(self._task.agreed, terms.phase)
+        limits = cohort_thresholds(cohort, terms.colluding, honest, roster)
         config = m.RoundConfig(
             protocol_version=m.PROTOCOL_VERSION,
-            terms=self._terms,
+            terms=terms,
             attempt=self._task.attempt,
             roster_epoch=roster.epoch,
             roster_digest=roster.digest,

@@ -26,6 +26,7 @@ from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.draw import MAX_DRAWS
 from foedus_server.aggregation import ServerOptimizer
+from foedus_server.cohorts import shortfall
 from foedus_server.config import Patience
 from foedus_server.link.grid import LinkStopping
 from foedus_server.rounds import STAGE_NAMES, Aborted, Committed, Presence, Round, RoundGrid, RoundLog, RoundTask
@@ -115,7 +116,6 @@ class _Conductor:
         is taken up again needs no decisions: the others may take absent_seconds to come back, once enough are there.
         """
         runs, plan, clock = self._coordinator.store.runs, self.agreed.plan, self._coordinator.clock
-        fewest = plan.secure_aggregation.min_sites
         self._show()
         began = clock.monotonic()
         resumed = runs.run(self._run_id).state == "running"
@@ -124,17 +124,20 @@ class _Conductor:
         while self._proposed:
             self._check_stopped()
             self._take_decisions()
-            enough = len(self._willing) >= fewest
+            enough = not self._shortfall(self._members())
             if clock.monotonic() - began > (to_come_back if enough else to_decide):
                 break
             self._grid.wait(LOOK_SECONDS)
-        if len(self._willing) < fewest:
+        if short := self._shortfall(self._members()):
             raise LocalError(
-                f"{len(self._willing)} sites take part in {plan.run.name}, and its plan needs {fewest}; "
-                "ask the sites' administrators, or submit a plan that more of them accept."
+                f"{len(self._members())} sites take part in {plan.run.name}, and {short}; "
+                "ask the administrators of the others, or submit a plan that asks for less or that more of them accept."
             )
         if not resumed:
             runs.move(self._run_id, ["inviting"], "running")
+
+    def _shortfall(self, sites: Collection[str]) -> str:
+        return shortfall(sites, self.agreed, self._roster)
 
     def _show(self) -> None:
         roster = self._coordinator.objects.put(self._signed_roster.to_bytes())
@@ -214,21 +217,21 @@ class _Conductor:
             self._grid.wait(min(left, LOOK_SECONDS))
 
     def _await_sites(self) -> None:
-        """Until as many sites are here as the plan needs; each may be away for as long as it may take to train."""
-        run, fewest = self.agreed.plan.run, self.agreed.plan.secure_aggregation.min_sites
+        """Until the sites that are here make a round; each may be away for as long as it may take to train."""
+        minutes = self.agreed.plan.run.deadline_minutes
         began = self._coordinator.clock.monotonic()
         while True:
             self._check_stopped()
             self._take_decisions()
             self._take_heads()
             self._follow_roster()
-            here = self._presence.here() & self._willing
-            if len(here) >= fewest:
+            here = self._presence.here() & set(self._members())
+            if not (short := self._shortfall(here)):
                 return
-            if self._coordinator.clock.monotonic() - began > run.deadline_minutes * 60:
+            if self._coordinator.clock.monotonic() - began > minutes * 60:
                 raise LocalError(
-                    f"For {run.deadline_minutes:g} minutes fewer than {fewest} of the sites that take part were "
-                    f"connected; there are {len(here)} now."
+                    f"For {minutes:g} minutes too few of the sites that take part were connected: "
+                    f"{len(here)} are now, and {short}."
                 )
             self._grid.wait(LOOK_SECONDS)
 

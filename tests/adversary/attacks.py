@@ -95,6 +95,19 @@ def two_groups(cheat: Cheat) -> str:
     return "delta"
 
 
+@attack("two survivor sets to two groups, two sites of one organisation sign both", Reason.TOO_FEW_SITES)
+def two_groups_and_a_family(cheat: Cheat) -> str:
+    """One of the two is no survivor of the set with the victim, and signs all the same: it is of the cohort."""
+    family = (*HONEST, MOLE, "mole-2")
+    attempt = cheat.attempt(cheat.config(family))
+    attempt.reach(3)
+    signed = _split(cheat, attempt, (without(family, "mole-2"), without(family, VICTIM)), (MOLE, "mole-2"))
+    for site in HONEST:
+        _, signatures = next(group for group in signed if site in group[1])
+        attempt.ask(site, 4, m.Agreement(tuple(sorted(signatures.items()))))
+    return "delta"
+
+
 @attack("two survivor sets to two groups, signatures mixed", Reason.BAD_SIGNATURE)
 def two_groups_mixed(cheat: Cheat) -> str:
     attempt = cheat.attempt()
@@ -105,13 +118,18 @@ def two_groups_mixed(cheat: Cheat) -> str:
     return "delta"
 
 
-def _split(cheat: Cheat, attempt: Attempt) -> list[tuple[tuple[str, ...], dict[str, bytes]]]:
-    """Half of the sites sign a set with the victim, half one without; the colluder signs both."""
+def _split(
+    cheat: Cheat,
+    attempt: Attempt,
+    sets: tuple[tuple[str, ...], tuple[str, ...]] = (COHORT, WITHOUT_VICTIM),
+    moles: tuple[str, ...] = (MOLE,),
+) -> list[tuple[tuple[str, ...], dict[str, bytes]]]:
+    """Half of the sites sign a set with the victim, half one without; the colluders sign both."""
     u1 = cheat.stage("bravo").u1
-    groups: list[tuple[tuple[str, ...], dict[str, bytes]]] = [(COHORT, {}), (WITHOUT_VICTIM, {})]
+    groups: list[tuple[tuple[str, ...], dict[str, bytes]]] = [(tuple(sorted(each)), {}) for each in sets]
     for survivors, signatures in groups:
         statement = wire.survivors_statement(attempt.ctx, u1, survivors)
-        signatures[MOLE] = cheat.federation.moles[MOLE].key.sign(statement)
+        signatures |= {mole: cheat.federation.moles[mole].key.sign(statement) for mole in moles}
     for site, (survivors, signatures) in zip(HONEST, (groups[0], groups[0], groups[1], groups[1]), strict=True):
         answer = attempt.ask(site, 3, m.Survivors(survivors))
         assert isinstance(answer, m.Consistency)
@@ -141,6 +159,14 @@ def invented_survivor(cheat: Cheat) -> str:
 @attack("threshold lowered", Reason.THRESHOLD_TOO_LOW)
 def threshold_lowered(cheat: Cheat) -> str:
     cheat.attempt(cheat.config(threshold=2)).reach(1, silent=without(COHORT, VICTIM))
+    return VICTIM
+
+
+@attack("as many sites of one organisation as the threshold would be", Reason.THRESHOLD_TOO_LOW)
+def family_of_the_threshold(cheat: Cheat) -> str:
+    """Four of six sites, and a threshold of 4: what would be right if each were an organisation of its own."""
+    config = cheat.config((VICTIM, "bravo", *MOLES), threshold=4)
+    cheat.attempt(config).reach(1, silent=without(config.cohort, VICTIM))
     return VICTIM
 
 

@@ -290,10 +290,11 @@ class Cheat:
     def config(
         self, cohort: Iterable[str] = COHORT, round_: int = 0, attempt: int = 0, **changes: Any
     ) -> m.RoundConfig:
-        """What an honest coordinator would say at A0; changes: to it, for a lie."""
+        """What an honest coordinator would say at A0, if it asked such a cohort; changes: to it, for a lie."""
         names = tuple(sorted(cohort))
-        limits = thresholds(len(names), self.agreed.plan.secure_aggregation.colluding)
-        roster = protocol_roster(self.federation.roster)
+        roster, colluding = protocol_roster(self.federation.roster), self.agreed.plan.secure_aggregation.colluding
+        together = roster.together(set(names) & set(roster.members), colluding)
+        limits = thresholds(len(names), colluding, min(together, len(names) - 2))
         honest = m.RoundConfig(
             protocol_version=m.PROTOCOL_VERSION,
             terms=round_terms(self.agreed, schedule(self.agreed.plan)[round_], self.adapter),

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 from attacks import ATTACKS, WITHOUT_VICTIM, Attack, oversized, two_groups, without
-from cheating import HONEST, MOLES, POLICY, SECONDS, VICTIM, Attempt, Cheat, Federation
+from cheating import HONEST, MOLES, POLICY, SECONDS, VICTIM, Attempt, Cheat, Federation, reason_of
 from foedus_common.canonical import labelled
+from foedus_common.errors import Reason
 from foedus_common.identity import SignedPlan
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.site_stages import Agreed, DealtShares
+from foedus_common.ranges import counted_sites
 from foedus_simulations.parties import until
+from known_sites import WITH_DP
 from opening import Exchange
 from verdict import judge
 
@@ -131,6 +134,34 @@ def test_the_sums_of_a_round_that_is_trained_again_do_not_subtract(cheat: Cheat)
     np.testing.assert_array_equal(opened.sums[HONEST], total(cheat, HONEST))
 
 
+def test_an_organisation_with_most_of_the_sites_opens_the_sum_of_the_others_and_no_vector(cheat: Cheat) -> None:
+    """Four colluding sites of six are one organisation, and the plan withstands one: all six have to sign."""
+    cheat.begin()
+    attempt = cheat.attempt(cheat.config((VICTIM, "bravo", *MOLES)))
+    attempt.reach(4)
+    assert (cheat.open().vectors, cheat.open().sums) == ({}, {})
+    attempt.reach(5)
+    opened = cheat.open()
+    assert opened.vectors == {}
+    assert list(opened.sums) == [(VICTIM, "bravo")]
+
+
+def test_no_site_joins_a_cohort_with_less_honest_noise_than_the_plan_counts(federation: Federation) -> None:
+    """In rounds of one step the noise of three honest sites counts; a cohort of five, three of one organisation, has
+    that of two. With one site of each organisation it is joined."""
+    phase = {**WITH_DP, "steps": 1, "rounds": 2}
+    secure = {"min_sites": 5, "max_sites": 6, "colluding": 1, "field_bits": 32, "retries": 2}
+    cheat = Cheat(federation, next(RUNS), phase=[phase], secure_aggregation=secure)
+    assert counted_sites(cheat.agreed, 0) == 3
+    cheat.begin()
+    cheat.attempt(cheat.config((VICTIM, "bravo", *MOLES[:3]))).reach(1, silent=("bravo", *MOLES))
+    error = federation.refusals.errors[-1]
+    assert (reason_of(error), "noise of 2 honest" in str(error)) == (Reason.COHORT_SIZE, True)
+    cheat.attempt(cheat.config(attempt=1)).reach(5)
+    assert list(cheat.open().sums) == [HONEST]
+    cheat.close()
+
+
 # --- What would suffice does suffice ---
 
 
@@ -176,13 +207,6 @@ def test_a_plan_that_expects_no_colluder_would_open_to_one(tmp_path_factory: pyt
     assert set(cheat.open().vectors) == {(VICTIM, 0)}
     cheat.close()
     federation.close()
-
-
-def test_an_organisation_with_as_many_sites_as_the_threshold_would_open_every_vector(cheat: Cheat) -> None:
-    """Four colluding sites of six, where the plan withstands one: the shares that they are dealt suffice."""
-    cheat.begin()
-    cheat.attempt(cheat.config((VICTIM, "bravo", *MOLES))).reach(3)
-    assert {site for site, _ in cheat.open().vectors} == {VICTIM, "bravo"}
 
 
 def test_sites_restored_without_their_marks_would_open_the_victim_s_vector(

@@ -72,7 +72,7 @@ EXCEEDED: list[tuple[str, dict[str, Any], str]] = [
     ("delta", {"policy": {"delta": 0.9e-5}}, "max_epsilon_per_run"),
     ("min_sites", {"policy": {"min_sites": 4}}, "min_sites is 4"),
     ("min_sites, drawn", {"plan": LARGE, "policy": {"min_sites": 65}}, "sums of 64 sites, and .* min_sites is 65"),
-    ("colluding", {"policy": {"colluding": 2}}, "withstands 1 colluding sites.* is 2"),
+    ("colluding", {"policy": {"colluding": 2}}, "withstands 1 colluding organisations.* is 2"),
     ("must_include", {"policy": {"must_include": ("South Clinic",)}}, "no site of 'South Clinic'"),
     ("must_include, itself", {"policy": {"must_include": ("St. Mary",)}}, "own organisation"),
     ("base_models", {"policy": {"base_models": ("b" * 64,)}}, "base_models"),

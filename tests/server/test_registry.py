@@ -215,6 +215,21 @@ def test_an_invitation_that_cannot_be_is_refused(
     assert operator.registry.sites() == []
 
 
+@pytest.mark.parametrize("spelling", ["nordfiliale", "NORDFILIALE", "Nord\ufb01liale", "Nord filiale", "Nord  Filiale"])
+def test_an_organisation_is_spelt_alike_at_all_its_sites(operator: Operator, spelling: str) -> None:
+    """It counts with all its sites, so one spelt in two ways would count as two."""
+    name = "Nord Filiale" if " " in spelling else "Nordfiliale"
+    operator.registry.invite("north", name)
+    with pytest.raises(LocalError, match="would count as another; write it alike"):
+        operator.registry.invite("north-2", spelling)
+    assert operator.registry.invite("north-2", name).org == name
+
+
+def test_the_spelling_of_an_only_site_s_organisation_can_be_put_right(operator: Operator) -> None:
+    operator.registry.invite("north", "NORDKLINIK")
+    assert operator.registry.invite("north", "Nordklinik").org == "Nordklinik"
+
+
 def test_a_site_that_is_not_there_is_said_so(operator: Operator) -> None:
     for action in (operator.registry.site, operator.registry.rotate, operator.registry.revoke):
         with pytest.raises(LocalError, match="no site 'west'"):

@@ -735,7 +735,7 @@ def test_a_run_is_given_up_when_nobody_comes_back(consortium: Make) -> None:
     three.grid.fault = once("south", "query.keys", lambda: three.grid.away.add("south"))
     assert three.conduct() == "failed"
     assert three.run.reason == (
-        "For 1 minutes fewer than 3 of the sites that take part were connected; there are 2 now."
+        "For 1 minutes too few of the sites that take part were connected: 2 are now, and its plan needs 3."
     )
 
 

@@ -135,7 +135,7 @@ def _roster(member: Membership, clock: Clock) -> str:
     roster = member.roster(now=0)
     if roster.site(member.name).public_key != member.public_key:
         raise LocalError(f"The roster lists {member.name} with another key than this site's; ask the operator.")
-    what = f"Epoch {roster.epoch} with {len(roster.sites)} sites"
+    what = f"Epoch {roster.epoch} with {roster.members}"
     return lasts(what, roster.not_after, clock.now(), soon_days=30, advice="the operator has to sign a new one")
 
 

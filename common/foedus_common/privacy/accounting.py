@@ -60,7 +60,7 @@ class GaussianSteps:
 View = Literal["row", "local", "central"]
 """Of whom a cost tells, and against whom. row: one row of a site's data, by this site's own noise; what ledgers charge.
 local: the plan's unit of privacy, by this site's own noise, as if secure aggregation were broken. central: the plan's
-unit, while secure aggregation holds and at most `colluding` sites help the coordinator."""
+unit, while secure aggregation holds and at most `colluding` organisations help the coordinator."""
 
 
 def promised_view(plan: RunPlan) -> View:

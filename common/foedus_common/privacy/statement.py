@@ -22,7 +22,7 @@ def about_epsilons(agreed: AgreedPlan) -> str:
         )
     honest, colluding = honest_sites(agreed), plan.secure_aggregation.colluding
     whose = "of each round" if plan.privacy.unit == "site" or len(linear) == len(plan.phase) else f"of {_named(linear)}"
-    helpers = f"at most {colluding} of the sites in a total help it" if colluding else "no site helps it"
+    helpers = f"at most {_organisations(colluding)} it, with all their sites" if colluding else "no site helps it"
     counted = "ledgers count" if plan.privacy.unit == "site" else "the plan's epsilon and all ledgers count"
     reason = (
         f"epsilon_central is smaller because the coordinator sees only totals {whose}, over {honest + colluding} sites "
@@ -32,6 +32,10 @@ def about_epsilons(agreed: AgreedPlan) -> str:
     if whose == "of each round":
         return reason
     return f"{reason} The other phases have several steps a round; in both epsilons they count so."
+
+
+def _organisations(colluding: int) -> str:
+    return "1 organisation helps" if colluding == 1 else f"{colluding} organisations help"
 
 
 def _named(phases: list[int]) -> str:

@@ -92,7 +92,7 @@ def drawn_cohorts(
 
 
 def chance_of_more(colluding: int, *, together: int, size: RoundSize) -> float:
-    """The probability that more than `colluding` of `together` colluders are drawn into a given site's cohort.
+    """The probability that more than `colluding` of `together` colluding sites are drawn into a given site's cohort.
 
     Hypergeometric, of the worst round that the coordinator can bring about: it may call honest sites absent until the
     fewest are left, so every number of sites that the plan allows is looked at.
@@ -112,10 +112,12 @@ def _tail(colluding: int, together: int, sites: int, cohort: int) -> float:
 
 
 def withstood(colluding: int, *, size: RoundSize, rounds: int) -> int:
-    """How many sites of a round may help the coordinator, if a cohort is made for `colluding` of them.
+    """How many sites of a round may help the coordinator, if a cohort is made for `colluding` organisations.
 
-    With so many, the probability that any honest site meets more in any draw of the run is below 2^-40: a union over
-    the sites, the rounds, and the draws in which a site takes part in each. Without a draw it is `colluding` itself.
+    With so many, of however many organisations, the probability that any honest site meets more than `colluding` of
+    them in any draw of the run is below 2^-40: a union over the sites, the rounds, and the draws in which a site takes
+    part in each. Without a draw it is `colluding` itself. (As many organisations are withstood with all of their sites
+    in any case, which no chance has a part in.)
     """
     if size.fewest <= size.largest_cohort:
         return colluding

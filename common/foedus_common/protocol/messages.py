@@ -186,7 +186,7 @@ class Noise:
 class RoundTerms:
     """What a vector in a site's outbox was made under, and what the coordinator must repeat exactly at A0.
 
-    Hashes are 32 bytes; `phase` is the index in the plan; `colluding` is c.
+    Hashes are 32 bytes; `phase` is the index in the plan; `colluding` is c, organisations.
     """
 
     run_id: int

@@ -56,9 +56,9 @@ from foedus_common.protocol.thresholds import (
     PeerRule,
     Roster,
     Thresholds,
+    cohort_thresholds,
     require_peers,
     require_quorum,
-    thresholds,
 )
 from foedus_common.randomness import RandomBytes
 
@@ -68,7 +68,7 @@ class SiteSession:
     """The site's side of one attempt: what stays the same from step to step.
 
     sign: by the site's identity key. roster: verified against the root. rule: site policy about peers. size: of the
-    plan's rounds.
+    plan's rounds. honest: sites whose noises the plan counts in every sum; 0 where a site's own is all that counts.
     """
 
     site: str
@@ -79,6 +79,7 @@ class SiteSession:
     outbox: Outbox
     vectors: VectorStore
     random: RandomBytes
+    honest: int = 0
 
     def begin(self) -> SiteState:
         return SiteState(Waiting())
@@ -208,7 +209,7 @@ def _check_config(session: SiteSession, config: m.RoundConfig, header: wire.Head
             Reason.COHORT_SIZE,
             f"a cohort of {sites} is outside the plan's {terms.min_sites} to {terms.max_sites} sites",
         )
-    needed = _needed(sites, terms.colluding)
+    needed = cohort_thresholds(config.cohort, terms.colluding, session.honest, session.roster)
     if config.threshold < needed.threshold or config.minimum < needed.minimum:
         raise RemoteError(
             Reason.THRESHOLD_TOO_LOW,
@@ -218,7 +219,7 @@ def _check_config(session: SiteSession, config: m.RoundConfig, header: wire.Head
     layout = config.terms.layout
     if 2 * layout.half_range * sites >= 2**layout.bits:
         raise RemoteError(Reason.FIELD_OVERFLOW, f"fields of {layout.bits} bits overflow in a sum of {sites} sites")
-    _check_set(session, config.cohort, "A0", needed)
+    require_peers(config.cohort, "A0", session.rule, session.site, session.roster)
     if session.site not in config.cohort:
         raise RemoteError(Reason.CONFIG_MISMATCH, "this site is not in the cohort it was sent")
     expected = replace(
@@ -236,13 +237,6 @@ def _check_config(session: SiteSession, config: m.RoundConfig, header: wire.Head
         )
     if header.attempt_id != config.attempt_id or header.binding != terms.plan_digest:
         raise RemoteError(Reason.CONFIG_MISMATCH, "the envelope and the round inside it are not about the same plan")
-
-
-def _needed(sites: int, colluding: int) -> Thresholds:
-    try:
-        return thresholds(sites, colluding)
-    except LocalError as error:
-        raise RemoteError(Reason.COHORT_SIZE, str(error)) from None
 
 
 def _differing(left: Any, right: Any) -> list[str]:

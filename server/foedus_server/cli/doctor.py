@@ -19,10 +19,11 @@ from foedus_common.certificates import read_certificate
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
 from foedus_common.clock import DAY, Clock, iso
 from foedus_common.errors import LocalError
-from foedus_common.identity import SignedRoster
+from foedus_common.identity import SignedRoster, parse_roster
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.objects import ObjectStore
 from foedus_server.audit import verify
+from foedus_server.cohorts import usual_round
 from foedus_server.config import Home
 from foedus_server.store import Model, Run, Store
 
@@ -51,6 +52,7 @@ def findings(path: Path, clock: Clock) -> Iterator[Finding]:
         return
     store = home.store(clock)
     yield examine("roster", lambda: _roster(home, store, clock))
+    yield examine("organisations", lambda: _organisations(store))
     yield examine("sites", lambda: _sites(store, clock))
     for model in store.runs.models():
         yield examine(f"model {model.name}", partial(_model, model))
@@ -161,6 +163,13 @@ def _roster(home: Home, store: Store, clock: Clock) -> str:
         raise LocalError(f"It does not say of {', '.join(astray)} what was decided since; `foedus roster sign` does.")
     what = f"Epoch {roster.epoch} with {len(approved)} sites"
     return lasts(what, roster.not_after, clock.now(), soon_days=30, advice="sign a new one with `foedus roster sign`")
+
+
+def _organisations(store: Store) -> str:
+    newest = store.members.roster()
+    if newest is None:
+        raise Note("There is no roster yet.")
+    return usual_round(parse_roster(SignedRoster.from_bytes(newest[1]).canonical))
 
 
 def _sites(store: Store, clock: Clock) -> str:

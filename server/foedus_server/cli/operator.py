@@ -10,6 +10,8 @@ import getpass
 import os
 import signal
 import threading
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import closing
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -282,6 +284,7 @@ def site_list(context: typer.Context, as_json: Json = False) -> None:
         [list(row.values()) for row in rows],
         "No sites yet; `foedus site invite NAME --org ORG` makes a token for one.",
     )
+    _show_organisations(site.org for site in register.sites() if site.state == "approved")
 
 
 @site_app.command("approve")
@@ -433,6 +436,15 @@ def _show_roster(roster: Roster, as_json: bool) -> None:
     print_facts({"epoch": roster.epoch, "not after": iso(roster.not_after)})
     rows = [(site.name, site.org, fingerprint(site.public_key)) for site in roster.sites]
     print_table(["site", "organisation", "fingerprint"], rows, "No site is in it.")
+    _show_organisations(site.org for site in roster.sites)
+
+
+def _show_organisations(of_sites: Iterable[str]) -> None:
+    """How many sites each organisation has, where one has several: it counts with all of them."""
+    counts = Counter(of_sites)
+    if any(count > 1 for count in counts.values()):
+        print_line("")
+        print_table(["organisation", "sites"], counts.most_common(), "")
 
 
 def main() -> NoReturn:

@@ -82,15 +82,20 @@ def plan_check(context: typer.Context, plan: PlanFile, as_json: Json = False) ->
 
     For example: foedus plan check plan.toml
     """
-    agreed = operator(context).prepare(plan).agreed
+    acting = operator(context)
+    agreed = acting.prepare(plan).agreed
     secure = agreed.plan.secure_aggregation
     facts = describe(agreed) | {
         "sites_in_a_sum": f"{secure.size.smallest_sum} to {secure.size.largest_sum}",
-        "colluders_withstood": withstood(secure.colluding, size=secure.size, rounds=agreed.plan.rounds),
+        "organisations_withstood": secure.colluding,
+        "sites_withstood": withstood(secure.colluding, size=secure.size, rounds=agreed.plan.rounds),
+        "sites_of_the_roster": acting.outlook(agreed),
     }
     if as_json:
         return print_json(facts)
     facts |= {name: _short(facts[name]) for name in ("epsilon_local", "epsilon_central")}
+    if facts["sites_withstood"] == secure.colluding:
+        del facts["sites_withstood"]  # no more than with the organisations
     print_facts({key: value for key, value in facts.items() if value != "" and key not in ("phases", "digest")})
     print_table(
         ["phase", "rounds", "numbers trained", "noise multiplier", "bytes up a round"],
@@ -121,7 +126,8 @@ def run_submit(context: typer.Context, plan: PlanFile, as_json: Json = False) ->
     For example: foedus run submit plan.toml
     """
     read_plan(plan)  # the quick mistakes first
-    run = operator(context).submit(plan)
+    acting = operator(context)
+    run = acting.submit(plan)
     if as_json:
         return print_json({"run": str(run.run_id), "name": run.name})
     print_line(f"Run {run.run_id} ({run.name}) is submitted; its sites' administrators decide now.")

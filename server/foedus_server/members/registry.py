@@ -8,6 +8,7 @@ roster that lists it. Only then does the site get a certificate. Knows no transp
 from __future__ import annotations
 
 import threading
+import unicodedata
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -69,14 +70,22 @@ class Registry:
         """A token for a new site; an earlier token for it ends.
 
         Raises:
-            LocalError: the name or organisation is malformed, the site is a member already, or more than 24 hours.
+            LocalError: the name or organisation is malformed, the organisation is another's but for its spelling, the
+                site is a member already, or more than 24 hours.
         """
         check_site_name(name)
         check_org(org)
+        self._check_spelling(name, org)
         site = self._members.site(name)
         if site is not None and site.state == "approved":
             raise LocalError(f"{name} is a member already; `foedus site rotate {name}` lets it make new keys.")
         return self._token(name, org, hours)
+
+    def _check_spelling(self, name: str, org: str) -> None:
+        """An organisation counts with all its sites, so all of them need its name in one spelling."""
+        for site in self._members.sites():
+            if site.name != name and site.state != "revoked" and site.org != org and _folded(site.org) == _folded(org):
+                raise LocalError(f"{site.name} is of {site.org!r}, and {org!r} would count as another; write it alike.")
 
     def rotate(self, name: str, hours: float = MAX_TOKEN_HOURS) -> Token:
         """A token with which a member makes new keys; the old ones hold until the new ones are approved.
@@ -265,6 +274,11 @@ class Registry:
         )
         self._members.add_token(hash_secret(token.secret), name, org, token.expires)
         return token
+
+
+def _folded(org: str) -> str:
+    """What two spellings of one name have in common: no case, no width of letters, single blanks."""
+    return " ".join(unicodedata.normalize("NFKC", org).casefold().split())
 
 
 class ApprovedSites:

@@ -31,7 +31,7 @@ def test_it_names_the_sites_that_hide_a_record_and_those_that_may_not_help() -> 
     said = about_epsilons(agreed_plan(**ALL_ONE, **secure))
     assert "totals of each round, over 7 sites or more" in said
     assert "each record is hidden by the noise of at least 5 honest ones" in said
-    assert "at most 2 of the sites in a total help it" in said
+    assert "at most 2 organisations help it, with all their sites" in said
     assert "the plan's epsilon and all ledgers count a site's own noise alone" in said
     assert "no site helps it" in about_epsilons(agreed_plan(**ALL_ONE, secure_aggregation__colluding=0))
     by_sites = about_epsilons(agreed_plan(**by_site()))

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import strategies as st
 
-from foedus_common.errors import LocalError
+from foedus_common.errors import LocalError, RemoteError
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
 from foedus_common.protocol.coordinator_session import Awaiting, CoordinatorSession, CoordinatorState
@@ -21,7 +21,7 @@ from foedus_common.protocol.effects import Arrived, Deadline, Effects, Send
 from foedus_common.protocol.encoding import FieldLayout
 from foedus_common.protocol.site_session import SiteSession
 from foedus_common.protocol.site_stages import Outbox, SiteState
-from foedus_common.protocol.thresholds import Member, PeerRule, Roster, thresholds
+from foedus_common.protocol.thresholds import Member, PeerRule, Roster, cohort_thresholds, thresholds
 
 
 class MemoryStore:
@@ -66,7 +66,10 @@ class Federation:
             },
         )
         self.layout = self.layout or FieldLayout(21, 16, ((7, 1.0), (4, 0.25)))
-        limits = thresholds(self.sites, self.colluding)
+        try:
+            limits = cohort_thresholds(self.names, self.colluding, 0, self.roster)
+        except RemoteError:  # the sites are to say so
+            limits = thresholds(self.sites, self.colluding)
         self.terms = m.RoundTerms(
             run_id=11,
             round=2,

@@ -40,14 +40,18 @@ def test_one_site_does_not_list_a_site_as_alive_and_as_dead(federation):
     assert isinstance(world.states[site].stage, Failed)
 
 
-@pytest.mark.parametrize(("sites", "colluding"), [(4, 1), (5, 1), (5, 0), (6, 1)])
-def test_two_survivor_sets_are_never_both_unmasked(federation, sites, colluding):
-    """Every way of showing honest sites one of two sets, while c sites sign both: at most one set gets t shares."""
-    world = federation(sites, colluding)
+@pytest.mark.parametrize(
+    ("sites", "colluding", "family"), [(4, 1, 1), (5, 1, 1), (5, 0, 0), (6, 1, 1), (6, 1, 2), (7, 1, 3), (7, 2, 3)]
+)
+def test_two_survivor_sets_are_never_both_unmasked(federation, sites, colluding, family):
+    """Every way of showing honest sites one of two sets, while c organisations sign both, the first of them with all
+    sites of its family: at most one set gets t shares."""
+    world = federation(sites, colluding, organisations={f"site-{sites - 1 - i:03}": "family" for i in range(family)})
     world.run(until=3)
     alive = world.names
     dead = tuple(name for name in world.names if name != VICTIM)
-    helpers, honest = world.names[sites - colluding :], world.names[: sites - colluding]
+    helping = family + max(0, colluding - 1)
+    helpers, honest = world.names[sites - helping :], world.names[: sites - helping]
     statements = {
         which: wire.survivors_statement(world.ctx, world.states[VICTIM].stage.u1, which) for which in (alive, dead)
     }

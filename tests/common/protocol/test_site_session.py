@@ -336,9 +336,10 @@ class TestSurvivors:
         assert_refused(world, world.ask(SITE, 3, m.Survivors(world.names[:3])), Reason.COHORT_LACKS_PEERS)
 
     def test_organisations_are_counted_again(self, federation):
-        world = federation(5, organisations={"site-000": "one", SITE: "one", "site-002": "one"})
+        """Of three sites, three and one, six suffice; not the six of two organisations."""
+        world = federation(7, organisations={f"site-{i:03}": "one" if i < 3 else "two" for i in range(6)})
         world.reach(3)
-        assert_refused(world, world.ask(SITE, 3, m.Survivors(world.names[:4])), Reason.TOO_FEW_SITES)
+        assert_refused(world, world.ask(SITE, 3, m.Survivors(world.names[:6])), Reason.TOO_FEW_SITES)
 
     def test_a_second_set(self, federation):
         world = federation(5)
