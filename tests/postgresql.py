@@ -10,6 +10,7 @@ import itertools
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from foedus_simulations.parties import until
+
 OWNER = "foedus"
+READY = "ready to accept connections"
 _numbers = itertools.count()
 
 
@@ -29,7 +33,7 @@ class Server:
         self._durable = durable
         self._programs = programs
         self._account = account
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Returns when connections are accepted."""
@@ -40,29 +44,22 @@ class Server:
             "max_connections": "60",
         }
         settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-        self._process = subprocess.Popen(
-            [self._programs / "postgres", "-D", self.folder / "data", *settings],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd="/",
-            **self._account,
-        )
-        assert self._process.stderr
-        said = []
-        for line in self._process.stderr:
-            said.append(line)
-            if "ready to accept connections" in line:
-                return
-        raise AssertionError("".join(said))
+        log = self.folder / "log"  # in a pipe that nobody empties, what it says would stop it in the end
+        with log.open("wb") as output:
+            process = self._process = subprocess.Popen(
+                [self._programs / "postgres", "-D", self.folder / "data", *settings],
+                stderr=output,
+                cwd="/",
+                **self._account,
+            )
+        until(lambda: process.poll() is not None or READY in log.read_text(), 60, READY)
+        assert process.poll() is None, log.read_text()
 
     def stop(self) -> None:
         """At once, and without a goodbye to those who are connected."""
         if self._process is not None:
-            self._process.terminate()  # a "smart" stop would wait for connections
-            self._process.send_signal(2)  # "fast"
+            self._process.send_signal(signal.SIGINT)  # "fast": a "smart" stop, SIGTERM, would wait for connections
             self._process.wait()
-            assert self._process.stderr
-            self._process.stderr.close()
             self._process = None
 
     def database(self) -> str:

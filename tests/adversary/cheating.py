@@ -50,7 +50,7 @@ from operators import Operator
 from tiny_model import rows
 
 CLOCK = SystemClock()
-SECONDS = 20.0
+SECONDS = 60.0
 HONEST = ("alpha", "bravo", "charlie", "delta")
 VICTIM = "alpha"
 MOLE = "mole"

@@ -418,7 +418,7 @@ def test_ctrl_c_ends_a_join_that_waits_and_a_second_one_goes_on_from_there(tmp_p
             waiting = north.start("join", "join", "-", "--json", secret=token)
             north.await_line("join", '"waiting": true')
             waiting.send_signal(signal.SIGINT)
-            assert waiting.wait(timeout=30) == 130
+            assert waiting.wait(timeout=60) == 130
             operator.registry.approve("north", operator.registry.site("north").waiting_key or b"")
             operator.sign_roster()
             assert north.ask("join", token)["site"] == "north"

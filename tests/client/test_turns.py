@@ -12,7 +12,7 @@ from foedus_client.training.turns import Turns
 from foedus_common.errors import LocalError
 from plans import agreed_plan
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 class Model:

@@ -25,7 +25,10 @@ from tiny_model import rows
 
 TESTS = Path(__file__).parents[1]
 CLOCK = SystemClock()
-PATIENCE = Patience(stage_seconds=3, absent_seconds=30, retry_seconds=0.2)
+PATIENCE = Patience(stage_seconds=60, absent_seconds=120, retry_seconds=0.2)
+"""Nobody is given up for being slow."""
+IMPATIENCE = Patience(stage_seconds=5, absent_seconds=120, retry_seconds=0.2)
+"""Where sites fall silent, and the others are to wait no longer than it takes an honest one on a busy machine."""
 
 
 def environment(rig: Mapping[str, str]) -> dict[str, str]:
@@ -83,7 +86,7 @@ class Cluster:
         yield
         for process in started:
             process.send_signal(signal.SIGINT)
-        assert [process.wait(timeout=20) for process in started] == [0] * len(started)
+        assert [process.wait(timeout=60) for process in started] == [0] * len(started)
 
     def command(self, *arguments: str, of: str = "operator") -> subprocess.CompletedProcess[str]:
         """One command of the operator's, or of a site's, to its end."""

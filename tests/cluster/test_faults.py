@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 
 from foedus_client.policy import SitePolicy
 from foedus_simulations.parties import until
 from known_sites import plan_of
-from processes import Cluster, killed
+from processes import IMPATIENCE, Cluster, killed
 from rigged import STAGES
 
 ALWAYS, THIRD, FOURTH = ("north", "east"), "south", "west"
@@ -26,10 +26,10 @@ FOR_THREE = {"adapter__rank": 8}
 
 
 @pytest.fixture(scope="module")
-def four(make_cluster: Callable[[Mapping[str, SitePolicy]], Cluster]) -> Cluster:
+def four(make_cluster: Callable[..., Cluster]) -> Cluster:
     """The first two sites run through all tests; the coordinator, the third and the fourth are the tests' own."""
     policies = {name: SitePolicy(**POLICY) for name in (*ALWAYS, THIRD)}
-    cluster = make_cluster({**policies, FOURTH: SitePolicy(**POLICY, max_rank=4)})
+    cluster = make_cluster({**policies, FOURTH: SitePolicy(**POLICY, max_rank=4)}, patience=IMPATIENCE)
     for name in ALWAYS:
         cluster.start(name)
     return cluster
@@ -60,7 +60,7 @@ def test_a_coordinator_killed_at_each_stage_goes_on_from_the_last_committed_roun
             assert four.rounds_done(2) == index
         with four.running("coordinator"):
             four.await_state(2, "finished")
-            until(lambda: four.plan_state(THIRD, 2) == "finished", 10, "the site hearing that the run ended")
+            until(lambda: four.plan_state(THIRD, 2) == "finished", 60, "the site hearing that the run ended")
 
     assert four.attempts(2) == [
         (index, attempt, state)
@@ -89,7 +89,7 @@ def test_one_of_three_killed_aborts_the_attempt_and_the_round_is_tried_again(fou
     agreed = four.submit(plan_of(rounds=2, **FOR_THREE), run_id=3)
     with four.running("coordinator", FOURTH):
         killed(four.start(THIRD, FOEDUS_KILL="0:mask"))
-        until(lambda: four.attempts(3) == [(0, 0, "aborted")], 30, "the attempt's end")
+        until(lambda: four.attempts(3) == [(0, 0, "aborted")], 60, "the attempt's end")
         with four.running(THIRD):
             four.await_state(3, "finished")
 

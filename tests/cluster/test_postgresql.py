@@ -48,7 +48,7 @@ def test_a_run_waits_for_its_database_and_goes_on(three: Cluster, server: postgr
 
     server.stop()
     gate.touch()
-    until(lambda: "Waiting for it." in log.read_text(), 30, "the coordinator's noticing")
+    until(lambda: "Waiting for it." in log.read_text(), 60, "the coordinator's noticing")
     assert coordinator.poll() is None
     server.start()
     three.await_state(1, "finished", seconds=90)

@@ -41,7 +41,7 @@ def status(cluster: Cluster, name: str = SITE_OF_INTEREST) -> dict[str, str]:
     return json.loads(cluster.command("status", "--json", of=name).stdout)
 
 
-def assert_told(cluster: Cluster, fact: str, sentence: str, seconds: float = 20) -> None:
+def assert_told(cluster: Cluster, fact: str, sentence: str, seconds: float = 60) -> None:
     """The status says so, and the daemon's log does, in one line and without a traceback."""
     until(lambda: bool(re.fullmatch(sentence, status(cluster)[fact])), seconds, f"{fact} being {sentence!r}")
     log = cluster.log(SITE_OF_INTEREST)
@@ -66,7 +66,7 @@ def test_a_disk_that_fills_up_while_the_outbox_is_written_costs_a_retry_and_no_m
     make_cluster: Make, tmp_path: Path
 ) -> None:
     three, gate = (
-        make_cluster(dict.fromkeys(NAMES, POLICY), patience=Patience(3, 30, retry_seconds=2)),
+        make_cluster(dict.fromkeys(NAMES, POLICY), patience=Patience(60, 60, retry_seconds=2)),
         tmp_path / "gate",
     )
     with three.running("coordinator", "east", "north"):
@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_while_the_outbox_is_written_costs_a_retry_and_no_m
             assert "round 1: declined: " in three.log(SITE_OF_INTEREST)
             assert daemon.poll() is None
         three.await_state(1, "finished")
-        until(lambda: three.plan_state(SITE_OF_INTEREST, 1) == "finished", 10, "the site's hearing of the end")
+        until(lambda: three.plan_state(SITE_OF_INTEREST, 1) == "finished", 60, "the site's hearing of the end")
     three.assert_sums_are_exact(agreed)
     assert three.charges(SITE_OF_INTEREST, 1) == [(0, "reserved"), (0, "committed"), (1, "committed")]
     assert three.command("ledger", "--verify", of=SITE_OF_INTEREST).returncode == 0

@@ -166,7 +166,7 @@ def conduct(made: Federation) -> None:
     made.run = operator.ask("run", "submit", str(plan))["run"]
 
     def approve(site: Party) -> None:
-        until(lambda: plan_state(site.home, int(made.run)) == "pending", 30, "the plan's arrival")
+        until(lambda: plan_state(site.home, int(made.run)) == "pending", 60, "the plan's arrival")
         site.ask("approve", made.run)
 
     with ThreadPoolExecutor() as at_once:
@@ -177,14 +177,14 @@ def conduct(made: Federation) -> None:
         until(lambda: runs.run(int(made.run)).rounds_done == count, 90, f"the end of round {count}")
 
     await_rounds(1)  # the traced site is held before the second round
-    until(lambda: any(attempt.round == 1 for attempt in runs.attempts(int(made.run))), 30, "the second round's begin")
+    until(lambda: any(attempt.round == 1 for attempt in runs.attempts(int(made.run))), 60, "the second round's begin")
     operator.stop("up")
     operator.start("up", "up", "--json")
     trainers = children(made.daemons[TRACED].pid)
     for trainer in trainers:
         trainer.suspend()
     (made.folder / "gate-1").touch()
-    until(lambda: charges(made, TRACED)[1:] == [(1, "reserved")], 30, "the round's being charged, and trained")
+    until(lambda: charges(made, TRACED)[1:] == [(1, "reserved")], 60, "the round's being charged, and trained")
     for trainer in trainers:
         trainer.kill()
 
@@ -203,6 +203,8 @@ def conduct(made: Federation) -> None:
     made.daemons[THIRD] = third.start("run", "run")
     watched = operator.attempt("run", "watch", made.run)
     assert watched.returncode == 0, watched.stdout
+    log = operator.home / "coordinator.log"
+    until(lambda: "run quagga: finished" in log.read_text(), 60, "the sites' being told, and shown the last heads")
 
 
 def charges(made: Federation, name: str) -> list[tuple[int, str]]:
@@ -239,7 +241,7 @@ def test_the_daemon_outlives_a_trainer_that_is_killed_at_work(finished: Federati
 @pytest.mark.parametrize("name", SITES)
 def test_each_site_spent_what_the_plan_said_and_nothing_stays_reserved(finished: Federation, name: str) -> None:
     site = finished.sites[name]
-    until(lambda: plan_state(site.home, int(finished.run)) == "finished", 10, "the site hearing that the run ended")
+    until(lambda: plan_state(site.home, int(finished.run)) == "finished", 60, "the site hearing that the run ended")
     (line,) = site.ask("ledger")
     assert 0 < line["spent"] <= 7.5
     assert line["reserved"] == 0

@@ -6,10 +6,11 @@ Commands run in the test's process, except where a signal is the point. Plans th
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from foedus_common.identity import fingerprint
 from foedus_server.audit import notary
 from foedus_server.cli import operator as cli
 from foedus_server.config import Link, Settings
-from foedus_simulations.parties import OPERATOR, Party, free_ports
+from foedus_simulations.parties import OPERATOR, Party, free_ports, until
 from known_sites import plan_of, submit
 from operators import Applicant, Operator
 from programs import Program, assert_teaches, commands, takes_json
@@ -289,8 +290,16 @@ def test_ctrl_c_ends_a_watch_with_130_and_the_coordinator_with_0(tmp_path: Path)
     operator.close()
     with Party(OPERATOR, operator.home.path) as foedus:
         watching = foedus.start("watch", "run", "watch", "7", "--json")
+        until(lambda: has_open(watching.pid, "foedus.db"), 60, "the watch's look at the database")
         coordinator = foedus.start("up", "up", "--json")
         foedus.await_line("up", '"ready"')
         for process, code in ((watching, 130), (coordinator, 0)):
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == code
+            assert process.wait(timeout=60) == code
+
+
+def has_open(pid: int, name: str) -> bool:
+    """Whether the process has a file of this name open (Linux)."""
+    with suppress(OSError):
+        return any(os.readlink(each).endswith(f"/{name}") for each in Path(f"/proc/{pid}/fd").iterdir())
+    return False

