@@ -12,16 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from foedus_client.ledger.accounts import Account, Budget, Commitment, beyond
+from foedus_client.ledger.accounts import Account, Budget, Commitment, beyond, rare_delta
 from foedus_common.errors import LocalError
 from foedus_common.plan import TRAINER_VERSION, AgreedPlan
 from foedus_common.privacy import accounting
-
-RARELY = 1e-3
-"""What a plan may spend at delta it may spend three times, and one more, at this part of delta. Else it could draw rows
-so rarely that showing them plainly is within delta, and call that an epsilon of 0 (docs/privacy.md)."""
-LEAST_DELTA = 1e-11
-"""That the accounting can tell from nothing."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +180,7 @@ def _about_privacy(agreed: AgreedPlan, policy: SitePolicy, account: Account | No
 
 
 def _about_rare_draws(commitment: Commitment, policy: SitePolicy) -> Iterator[str]:
-    rare, bound = max(policy.delta * RARELY, LEAST_DELTA), 3 * policy.max_epsilon_per_run + 1
+    rare, bound = rare_delta(policy.delta), 3 * policy.max_epsilon_per_run + 1
     epsilon = commitment.epsilon(rare)
     if epsilon > bound:
         yield (

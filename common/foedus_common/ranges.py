@@ -23,10 +23,12 @@ LEAST_SIGMA = 16
 def tail(agreed: AgreedPlan) -> float:
     """How many standard deviations no noise of the run exceeds but with probability 2^-40.
 
-    Union bound over every coordinate, release and site, with P(|N| > t sigma) <= 2 exp(-t^2 / 2).
+    Union bound over every coordinate, release and site, with P(|N| > t sigma) <= 2 exp(-t^2 / 2). Retries count where
+    the vector is longest: they may fall in any phase.
     """
-    releases = sum(agreed.releases(p) * agreed.size(p) for p in range(len(agreed.plan.phase)))
-    draws = releases * agreed.plan.secure_aggregation.max_sites
+    sizes, secure = [agreed.size(phase) for phase in range(len(agreed.plan.phase))], agreed.plan.secure_aggregation
+    rounds = sum(phase.rounds * size for phase, size in zip(agreed.plan.phase, sizes, strict=True))
+    draws = (rounds + secure.retries * max(sizes)) * secure.max_sites
     return math.sqrt(2 * (math.log(2 * draws) + 40 * math.log(2)))
 
 
@@ -46,7 +48,8 @@ def half_range(agreed: AgreedPlan, round_plan: RoundPlan, group: Group) -> float
             if agreed.linear(round_plan.phase):
                 unit = privacy.clip / noise_grid(agreed, round_plan.phase).units
                 return step * _field_steps(agreed) * unit / divisor
-            noise = tail(agreed) * agreed.noise_multipliers[round_plan.phase] * privacy.clip / divisor
+            grid = noise_grid(agreed, round_plan.phase)
+            noise = tail(agreed) * grid.sigma / grid.units * privacy.clip / divisor
             return step * (steps * privacy.clip + math.sqrt(steps) * noise)
         case "site":
             unit = privacy.clip / site_grid(agreed, round_plan.phase).units

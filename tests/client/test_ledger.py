@@ -178,6 +178,20 @@ def test_a_retry_that_costs_more_than_was_approved_is_refused(ledger: Ledger) ->
     train(ledger, agreed, 0)
 
 
+def test_retries_do_not_gather_what_each_may_hide_behind_delta(ledger: Ledger) -> None:
+    """Rows drawn twice in a billion, and then shown: three retries cost nothing at delta, and one does at a thousandth
+    of it, where the plan was found good."""
+    rare = {"phase__1__sampling_rate": 2e-9, "secure_aggregation__retries": 20}
+    agreed = small_plan(noise=(20.0, 0.125), **rare)
+    assert [agreed.releases(phase) for phase in (0, 1)] == [3 + 20, 2]
+    ledger.reserve_run(agreed, BUDGET)
+    ledger.reserve_round(7, 4)
+    with pytest.raises(PolicyRefusal, match="more than was approved"):
+        ledger.reserve_round(7, 4)
+    ledger.reserve_round(7, 0)
+    ledger.reserve_round(7, 0)
+
+
 def test_a_retry_where_it_costs_less_than_was_approved_is_let_in(ledger: Ledger) -> None:
     agreed = small_plan()
     assert [agreed.releases(phase) for phase in (0, 1)] == [3, 2 + 2]

@@ -1,6 +1,8 @@
 """A plan is refused for its first mistake in one sentence, and its bytes mean one thing only."""
 
+import dataclasses
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -149,6 +151,20 @@ def test_the_half_range_covers_every_clamped_step_and_its_noise():
     assert half_range(agreed, first, "head") > signal
     noise = 24.0 * 3**0.5 * 13.1 / 2000 * tail(agreed)
     assert half_range(agreed, first, "head") == pytest.approx(signal + noise)
+
+
+def test_the_range_holds_in_whichever_phase_the_retries_fall():
+    """The head's releases cost most and are shortest: retries of the adapter draw more noise."""
+    agreed = dataclasses.replace(agreed_plan(), noise_multipliers=(0.5, 20.0))
+    assert agreed.releases(0) == 20 + 2
+    draws = (20 * agreed.size(0) + (8 + 2) * agreed.size(1)) * 16
+    assert 2 * draws * math.exp(-(tail(agreed) ** 2) / 2) * 2.0**40 == pytest.approx(1)
+
+
+def test_the_range_is_that_of_the_noise_that_is_drawn():
+    agreed = dataclasses.replace(agreed_plan(), noise_multipliers=(655.9 / 65536, 1.0))
+    signal, drawn = 24.0 * 3 * 1.0, 24.0 * 3**0.5 * (656 / 65536) / 2000 * tail(agreed)
+    assert half_range(agreed, schedule(agreed.plan)[0], "head") == pytest.approx(signal + drawn, rel=1e-12)
 
 
 def test_read_plan_names_the_file(tmp_path):

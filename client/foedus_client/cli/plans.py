@@ -248,11 +248,13 @@ def _accept_loss(acting: Administrator, yes: bool, as_json: bool) -> None:
         amiss = str(error)
     else:
         raise LocalError("The ledger is in its newest state, so there is no loss to accept.")
-    if not yes:
+    if not as_json:
         print_line(
-            f"{amiss}\n\nRuns that were approved since that copy was made are not in it at all: ask the operator which "
-            "there were, and lower [policy] max_epsilon_lifetime by what they may have spent.\n"
+            f"{amiss}\n\nRuns that were approved since that copy was made are not in it at all. Go by your own records "
+            "of them: the operator may leave some out. Lower [policy] max_epsilon_lifetime by what they may have "
+            "spent; where nobody knows, train on their datasets no more.\n"
         )
+    if not yes:
         typer.confirm("Count every run in it that could have gone on as spent in full?", abort=True)
     lost = acting.ledger.accept_loss(by=getpass.getuser())
     if as_json:

@@ -25,6 +25,7 @@ from foedus_client.ledger.accounts import (
     approval,
     beyond,
     fold,
+    rare_delta,
     reservation,
 )
 from foedus_client.store import OVER, Dataset, SiteStore
@@ -377,7 +378,8 @@ def _require_retry(run: Run, round_index: int) -> None:
         _require_first_without_privacy(run, round_index)
         return
     costs = commitment.cost(run.after_retry(commitment.phase(round_index)))
-    if any(accounting.epsilon(costs, delta) > commitment.epsilon(delta) for delta in {commitment.delta, run.delta}):
+    deltas = {commitment.delta, run.delta, rare_delta(run.delta)}
+    if any(accounting.epsilon(costs, delta) > commitment.epsilon(delta) for delta in deltas):
         raise PolicyRefusal([f"{again}, and a retry in this phase would cost more than was approved."])
 
 

@@ -115,14 +115,20 @@ def events_of(agreed: AgreedPlan, view: View = "row") -> list[GaussianSteps]:
 
 
 def _with_retries(agreed: AgreedPlan, of_release: Sequence[GaussianSteps], view: View) -> list[GaussianSteps]:
-    """Rounds per phase, and the retries where a release costs most: which phase that is may differ by view."""
-    if view != "central":
-        times = [agreed.releases(phase) for phase in range(len(of_release))]
-    else:
-        costs = [event.steps * (event.sampling_rate / event.noise_multiplier) ** 2 for event in of_release]
-        times = [phase.rounds for phase in agreed.plan.phase]
-        times[costs.index(max(costs))] += agreed.plan.secure_aggregation.retries
-    return [repeated(event, count) for event, count in zip(of_release, times, strict=True)]
+    """Rounds per phase, and the retries where they cost most: which phase that is may differ by view.
+
+    A ledger lets no retry take a run beyond what it is charged for, which is the row's view. Nothing holds retries to
+    what the central view expects, so there the costliest phase is found by what the whole run costs.
+    """
+    phases, delta = range(len(of_release)), agreed.plan.privacy.delta
+
+    def all_in(costliest: int) -> list[GaussianSteps]:
+        retries = [agreed.plan.secure_aggregation.retries * (phase == costliest) for phase in phases]
+        return [repeated(of_release[p], agreed.plan.phase[p].rounds + retries[p]) for p in phases]
+
+    if view == "central" and any(agreed.linear(phase) for phase in phases) and delta is not None:
+        return max((all_in(phase) for phase in phases), key=lambda events: epsilon(events, delta))
+    return [repeated(of_release[phase], agreed.releases(phase)) for phase in phases]
 
 
 @dataclass(frozen=True)

@@ -266,3 +266,14 @@ def test_sampling_amplifies_under_the_noise_of_all() -> None:
     unsampled = exact(1.2 * math.sqrt(2), 1e-5 / 0.2)
     truth = math.log1p(0.2 * math.expm1(unsampled))
     assert truth <= epsilon([event_of_phase(agreed, 0, "central")], 1e-5) <= truth * 1.01
+
+
+def test_the_central_epsilon_holds_in_whichever_phase_the_retries_fall() -> None:
+    """Few rows under little noise cost more than their (q / z)^2 says."""
+    agreed = linear_plan((0.5, 40.0), phase__0__sampling_rate=0.02, phase__1__steps=2, phase__1__sampling_rate=1.0)
+    found = epsilons(agreed)
+    assert found is not None
+    in_turn = [event_of_phase(agreed, phase, "central") for phase in (0, 1)]
+    for rounds in ((20 + 2, 8), (20, 8 + 2)):
+        events = [dataclasses.replace(e, steps=e.steps * count) for e, count in zip(in_turn, rounds, strict=True)]
+        assert epsilon(events, 1e-5) <= found.central
