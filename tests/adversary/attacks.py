@@ -339,6 +339,43 @@ def seed_kept_back(cheat: Cheat) -> str:
     return VICTIM
 
 
+@attack("commitments of an earlier draw, its seeds known by now", Reason.SEED_ALTERED)
+def commitments_replayed(cheat: Cheat) -> str:
+    first = Draw(cheat)
+    first.reveal()
+    second = Draw(cheat, 1, only=[VICTIM])
+    others = without(HONEST, VICTIM)
+    second.commitments |= {site: first.commitments[site] for site in others}
+    second.show(VICTIM)
+    second.seeds |= {site: first.seeds[site] for site in others}
+    second.open(VICTIM, next(cohort for cohort in second.cohorts() if VICTIM in cohort))
+    return VICTIM
+
+
+@attack("the victim's own commitment repeated by a colluder", Reason.SEED_ALTERED)
+def commitment_repeated(cheat: Cheat) -> str:
+    draw = Draw(cheat)
+    draw.commitments[MOLE] = draw.commitments[VICTIM]
+    draw.reveal()
+    draw.seeds[MOLE] = draw.seeds[VICTIM]
+    draw.open(VICTIM, next(cohort for cohort in draw.cohorts() if VICTIM in cohort))
+    return VICTIM
+
+
+@attack("another list of commitments than the other sites were shown, with seeds chosen to suit", Reason.SEED_ALTERED)
+def chosen_after_the_others(cheat: Cheat) -> str:
+    """The victim's own seed makes even that a fair draw; but what it was shown is what has to be opened."""
+    draw = Draw(cheat)
+    for site in without(HONEST, VICTIM):
+        draw.show(site)
+    chosen = RANDOM(32)
+    seed_shown, draw.seeds[MOLE] = draw.seeds[MOLE], chosen
+    draw.show(VICTIM, **{MOLE: seed_commitment(cheat.run_id, 0, 0, MOLE, chosen)})
+    draw.seeds[MOLE] = seed_shown
+    draw.open(VICTIM, next(cohort for cohort in draw.cohorts() if VICTIM in cohort))
+    return VICTIM
+
+
 @attack("two sites of different cohorts swapped", Reason.COHORT_NOT_DRAWN)
 def cohort_swapped(cheat: Cheat) -> str:
     draw = Draw(cheat)
@@ -379,6 +416,13 @@ def two_partitions(cheat: Cheat) -> str:
 def draws_until_one_suits(cheat: Cheat) -> str:
     answered = [VICTIM in Draw(cheat, attempt, only=[VICTIM]).commitments for attempt in range(MAX_DRAWS + 1)]
     assert answered == [True] * MAX_DRAWS + [False]
+    return VICTIM
+
+
+@attack("a second cohort of a round, drawn once the vector was masked in the first", Reason.VECTOR_REUSED)
+def second_cohort(cheat: Cheat) -> str:
+    cheat.attempt().reach(3)
+    assert VICTIM not in Draw(cheat, 1, only=[VICTIM]).commitments
     return VICTIM
 
 

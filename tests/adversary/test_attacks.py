@@ -11,13 +11,14 @@ from itertools import count
 import numpy as np
 import pytest
 
-from attacks import ATTACKS, WITHOUT_VICTIM, Attack, oversized, two_groups, without
+from attacks import ATTACKS, WITHOUT_VICTIM, Attack, Draw, oversized, two_groups, without
 from cheating import HONEST, MOLES, POLICY, SECONDS, VICTIM, Attempt, Cheat, Federation, reason_of
 from foedus_common.canonical import labelled
 from foedus_common.errors import Reason
 from foedus_common.identity import SignedPlan
 from foedus_common.protocol import messages as m
 from foedus_common.protocol import wire
+from foedus_common.protocol.draw import MAX_DRAWS
 from foedus_common.protocol.site_stages import Agreed, DealtShares
 from foedus_common.ranges import counted_sites
 from foedus_simulations.parties import until
@@ -87,6 +88,20 @@ def test_a_site_that_withdraws_sends_nothing_more(cheat: Cheat) -> None:
     vector = store.outbox(cheat.run_id, 0)
     assert vector is not None
     assert vector.masked_in is None
+
+
+def test_neither_a_restart_nor_another_vector_gives_a_coordinator_more_draws(cheat: Cheat) -> None:
+    """Draws are counted by round, on disk: whichever of its vectors a site would be drawn with."""
+    cheat.begin()
+    for attempt in range(MAX_DRAWS - 1):
+        assert VICTIM in Draw(cheat, attempt, only=[VICTIM]).commitments
+    cheat.federation.restart(VICTIM)
+    first = cheat.federation.known(VICTIM, cheat.run_id, 0)
+    cheat.attempt(cheat.config(attempt=MAX_DRAWS - 1)).reach(3)
+    assert cheat.invite(VICTIM, attempt=MAX_DRAWS) == m.Ready()
+    assert not np.array_equal(cheat.federation.known(VICTIM, cheat.run_id, 0), first)
+    assert VICTIM not in Draw(cheat, MAX_DRAWS, only=[VICTIM]).commitments
+    assert reason_of(cheat.federation.refusals.errors[-1]) == Reason.DRAWS_EXHAUSTED
 
 
 # --- Honest rounds open their sum and nothing else ---

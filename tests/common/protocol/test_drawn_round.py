@@ -430,6 +430,98 @@ def _own(round_: Round, site: str, seeds: dict[str, bytes]) -> tuple[str, ...]:
     return next(cohort for cohort in cohorts if site in cohort)
 
 
+@pytest.mark.parametrize("now", [(11, 2, 1), (11, 3, 0)], ids=["the next attempt", "the next round"])
+def test_what_was_told_in_a_draw_counts_for_no_other(nine: Round, now: tuple[int, int, int]) -> None:
+    """Commitments and seeds of an earlier draw, shown again: the site's own is missed at once; that of another site,
+    which cannot be told from a new one, when it is to be opened."""
+    seeds, begun = nine.draw().seeds, frozenset({nine.attempt})
+    earlier = {site: seed_commitment(*nine.attempt, site, seed) for site, seed in seeds}
+    nine.attempt = m.AttemptId(*now)
+    nine.alter_outbox(SITE, terms=replace(nine.terms, round=nine.attempt.round), attempts_seen=begun)
+    nine.states[SITE] = nine.sessions[SITE].begin()
+    answer = nine.ask(SITE, 0, m.Draw())
+    assert isinstance(answer, m.Commitment)
+    before = nine.states[SITE]
+    assert nine.ask(SITE, 1, m.Commitments(tuple(sorted(earlier.items())))) == m.Declined()
+    assert nine.refusal() == Reason.SEED_ALTERED
+    nine.states[SITE] = before
+    told = nine.ask(SITE, 1, m.Commitments(tuple(sorted((earlier | {SITE: answer.commitment}).items()))))
+    assert isinstance(told, m.Seed)
+    assert told.seed != dict(seeds)[SITE]
+    shown = dict(seeds) | {SITE: told.seed}
+    cohort = _own(nine, SITE, shown)
+    nine.ask(SITE, 2, m.DrawnConfig(nine.config(cohort), tuple(sorted(shown.items()))))
+    assert nine.refusal() == Reason.SEED_ALTERED
+
+
+def test_who_commits_last_cannot_reveal_what_another_committed_to(committed: Committed) -> None:
+    """A colluder that repeats the site's own commitment has nothing to open it with: it is good for one name."""
+    commitments = committed.commitments | {"site-008": committed.commitments[SITE]}
+    seeds = committed.seeds()
+    assert isinstance(committed.show(commitments), m.Seed)
+    for told in (seeds, seeds | {"site-008": seeds[SITE]}):
+        before = committed.round.states[SITE]
+        cohort = _own(committed.round, SITE, told)
+        request = m.DrawnConfig(committed.round.config(cohort), tuple(sorted(told.items())))
+        assert committed.round.ask(SITE, 2, request) == m.Declined()
+        assert committed.round.refusal() == Reason.SEED_ALTERED
+        committed.round.states[SITE] = before
+
+
+def test_seeds_chosen_after_everybody_else_told_theirs_do_not_help(make) -> None:
+    """The coordinator has the other sites reveal for one list. Then it shows this site another, with such seeds of two
+    colluders as would put them beside it, if it drew the seed again that it told last. They meet as often as chance
+    has it: both are among its two companions out of five in a tenth of all draws."""
+    round_ = make(6, size=RoundSize(3, 16, 3))
+    colluders, guess = ("site-001", "site-002"), bytes(32)
+    before, draws, met = round_.states[SITE], 600, 0
+    for _ in range(draws):
+        round_.states[SITE] = before
+        answer = round_.ask(SITE, 0, m.Draw())
+        assert isinstance(answer, m.Commitment)
+        others = {site: round_.random(32) for site in round_.names if site != SITE}
+        tries = (others | {colluder: round_.random(32) for colluder in colluders} for _ in range(50))
+        seeds = next((each for each in tries if _beside(round_, each | {SITE: guess}, colluders)), others)
+        shown = {site: seed_commitment(*round_.attempt, site, seed) for site, seed in seeds.items()}
+        told = round_.ask(SITE, 1, m.Commitments(tuple(sorted((shown | {SITE: answer.commitment}).items()))))
+        assert isinstance(told, m.Seed)
+        guess = told.seed
+        met += _beside(round_, seeds | {SITE: guess}, colluders)
+    assert (
+        abs(met - draws / 10) < 3.3 * (draws * 0.1 * 0.9) ** 0.5
+    )  # one in a thousand is further off
+
+
+def _beside(round_: Round, seeds: dict[str, bytes], colluders: Collection[str]) -> bool:
+    return set(colluders) < set(_own(round_, SITE, seeds))
+
+
+def test_sites_shown_different_epochs_of_the_roster_do_not_accept_each_other_s_keys(nine: Round) -> None:
+    """One draw, and A0 with the epoch that each of two sites knows: nobody refuses that, and they do not get together.
+    Whom only the older roster lists is unknown to the other at once."""
+    drawn = nine.draw()
+    cohort = next(cohort for cohort in drawn.cohorts if SITE in cohort)
+    other = next(site for site in cohort if site != SITE)
+    older = replace(nine.roster, epoch=6, digest=bytes(32))
+    nine.alter(other, roster=older)
+    envelopes = {}
+    for site, roster in ((SITE, nine.roster), (other, older)):
+        config = replace(nine.config(cohort), roster_epoch=roster.epoch, roster_digest=roster.digest)
+        header = wire.Header(*nine.attempt, PLAN, wire.COORDINATOR, site, 2)
+        request = wire.build_envelope(header, m.DrawnConfig(config, drawn.seeds))
+        (envelopes[site],) = [effect.envelope for effect in nine.step(site, request) if isinstance(effect, Send)]
+    ctx = wire.parse_envelope(envelopes[SITE]).header.binding
+    nine.ask(SITE, 3, m.PeerKeys(tuple(envelopes[site] for site in sorted(envelopes))), binding=ctx)
+    assert nine.refusal() == Reason.CONFIG_MISMATCH
+
+
+def test_a_site_that_a_newer_roster_does_not_list_is_in_no_draw(committed: Committed) -> None:
+    members = {name: member for name, member in committed.round.roster.members.items() if name != "site-008"}
+    committed.round.alter(SITE, roster=Roster(8, bytes(32), members))
+    assert committed.show(committed.commitments) == m.Declined()
+    assert committed.round.refusal() == Reason.UNKNOWN_SITE
+
+
 # --- Who may draw at all, and how often ---
 
 
@@ -517,6 +609,7 @@ def test_a_drawn_cohort_is_checked_like_any_other(revealed: Revealed) -> None:
         (replace(honest, threshold=1), Reason.THRESHOLD_TOO_LOW),
         (replace(honest, roster_epoch=6), Reason.CONFIG_MISMATCH),
         (replace(honest, terms=replace(honest.terms, adapter_hash=bytes(32))), Reason.CONFIG_MISMATCH),
+        (replace(honest, terms=replace(honest.terms, min_sites=1)), Reason.CONFIG_MISMATCH),
     ]
     for config, reason in lies:
         revealed.round.states[SITE] = before
@@ -527,6 +620,15 @@ def test_a_drawn_cohort_is_checked_like_any_other(revealed: Revealed) -> None:
     revealed.round.alter(SITE, rule=PeerRule(frozenset({f"org of {absent}"}), 1))
     revealed.open(revealed.cohort)
     assert revealed.round.refusal() == Reason.COHORT_LACKS_PEERS
+    revealed.round.states[SITE] = before
+    one_owner = {s: replace_organisation(member, s) for s, member in revealed.round.roster.members.items()}
+    revealed.round.alter(SITE, rule=PeerRule(), roster=replace(revealed.round.roster, members=one_owner))
+    revealed.open(revealed.cohort)  # sybils, each of them signed by the root
+    assert revealed.round.refusal() == Reason.TOO_FEW_SITES
+
+
+def replace_organisation(member: Member, site: str) -> Member:
+    return member if site == SITE else member._replace(organisation="Sybil Inc")
 
 
 def test_seeds_are_kept_out_of_every_repr(committed: Committed) -> None:

@@ -189,6 +189,8 @@ class TestSpelling:
             m.Agreement(tuple((site, bytes(64)) for site in sites))
         with pytest.raises(LocalError):
             m.PeerShares(tuple((site, bytes(82)) for site in sites))
+        with pytest.raises(LocalError):
+            m.Commitments(tuple((site, bytes(32)) for site in sites))
 
     def test_a_list_that_is_not_ascending_is_refused_on_the_wire(self):
         header = wire.Header(1, 1, 1, bytes(32), wire.COORDINATOR, "a", 3)
