@@ -204,7 +204,7 @@ class _Conductor:
         """Whether the attempt failed for these sites, and enough are left without them."""
         self._silences.note(spoilers, round_plan.index)
         left = self._silences.without(self._members(), round_plan.index)
-        if spoilers and len(left) >= self.agreed.plan.secure_aggregation.min_sites:
+        if spoilers and not self._shortfall(left):
             return True
         self._silences.forgive()
         return False

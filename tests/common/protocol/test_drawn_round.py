@@ -487,9 +487,7 @@ def test_seeds_chosen_after_everybody_else_told_theirs_do_not_help(make) -> None
         assert isinstance(told, m.Seed)
         guess = told.seed
         met += _beside(round_, seeds | {SITE: guess}, colluders)
-    assert (
-        abs(met - draws / 10) < 3.3 * (draws * 0.1 * 0.9) ** 0.5
-    )  # one in a thousand is further off
+    assert abs(met - draws / 10) < 3.3 * (draws * 0.1 * 0.9) ** 0.5  # one in a thousand is further off
 
 
 def _beside(round_: Round, seeds: dict[str, bytes], colluders: Collection[str]) -> bool:
