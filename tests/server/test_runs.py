@@ -5,6 +5,7 @@ What is lost, refused, stopped or started again; and that whatever is committed 
 
 from __future__ import annotations
 
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,7 +48,7 @@ from foedus_server.members.registry import Registry
 from foedus_server.runs import Coordinator
 from foedus_simulations.grids import InProcessGrid
 from foedus_simulations.parties import until
-from known_sites import KnownTrainer, assert_sums_are_exact, join_site, plan_of, submit
+from known_sites import WITH_DP, KnownTrainer, assert_sums_are_exact, join_site, plan_of, submit
 from operators import Operator
 from seeded import seeded
 from tiny_model import rows
@@ -129,6 +130,7 @@ class Consortium:
     """A coordinator and its sites, in one process and one thread."""
 
     def __init__(self, folder: Path, names: Sequence[str], **policy: Any) -> None:
+        """names: those that begin with "chain" are of one organisation."""
         self.clock = ManualClock()
         self.operator = Operator(folder / "operator", self.clock)
         self.objects = ObjectStore(self.operator.home.objects)
@@ -139,7 +141,9 @@ class Consortium:
         self.grid: Grid
 
     def _site(self, home: Path, name: str, policy: dict[str, Any]) -> dict[str, Any]:
-        member = join_site(self.operator, home, name, self.clock, rows())
+        member = join_site(
+            self.operator, home, name, self.clock, rows(), "The chain" if name.startswith("chain") else ""
+        )
         store = SiteStore(home / "site.db", self.clock)
         return {
             "member": member,
@@ -442,6 +446,50 @@ def test_a_run_that_too_few_accept_fails_with_a_sentence(consortium: Make) -> No
     assert three.conduct() == "failed"
     assert three.run.reason.startswith("2 sites take part in icd-chapters, and its plan needs 3;")
     assert not three.sites["north"]["ledger"].run(7).open  # what was set aside is returned
+
+
+CHAIN = ("chain-1", "chain-2", "chain-3", "north", "south")
+OTHERS_NOISE_COUNTS = {
+    "phase": [{**WITH_DP, "rounds": 1, "steps": 1}],
+    "secure_aggregation": {"min_sites": 5, "max_sites": 5, "colluding": 1, "field_bits": 32, "retries": 2},
+}
+
+
+def test_a_chain_counts_with_all_its_sites_and_the_round_still_opens(consortium: Make) -> None:
+    five = consortium(CHAIN)
+    five.submit(plan_of(rounds=1))
+    assert five.conduct() == "finished"
+    assert five.survivors == [CHAIN]
+    five.assert_sums_are_exact()
+
+
+def test_where_a_chain_has_most_sites_no_other_may_drop_out(consortium: Make) -> None:
+    """Two of five that are not the chain's are the fewest that may be in a sum."""
+    five = consortium(CHAIN)
+    five.submit(plan_of(rounds=1))
+    five.grid.fault = once("south", "query.shares")
+    assert five.conduct() == "finished"
+    first, second = five.operator.store.runs.attempts(7)
+    assert (first.state, second.survivors) == ("aborted", CHAIN)
+    assert first.reason == "TOO_FEW_SITES: 4 sites are left at A2, and 5 are needed"
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "sentence"),
+    [
+        (CHAIN[:4], {}, "4 sites take part in icd-chapters, and TOO_FEW_SITES: .* belong to 2 organisations, and 3"),
+        (CHAIN, OTHERS_NOISE_COUNTS, "5 sites take part .* noise of 2 honest ones in a sum, and the plan counts 3;"),
+    ],
+    ids=["organisations", "noise"],
+)
+def test_nobody_trains_for_a_round_that_cannot_be(
+    consortium: Make, names: Sequence[str], changes: dict[str, Any], sentence: str
+) -> None:
+    sites = consortium(names)
+    sites.submit(plan_of(1, **changes))
+    assert sites.conduct() == "failed"
+    assert re.search(sentence, sites.run.reason)
+    assert (sites.attempts, sites.charges("north")) == ([], [])
 
 
 def test_a_site_whose_disk_is_full_when_its_vector_is_stored_misses_the_round(

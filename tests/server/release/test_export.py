@@ -161,7 +161,7 @@ def test_the_card_states_the_privacy_of_the_run(model: Path) -> None:
         "| epsilon_local | 7.910 (secure aggregation assumed broken",
         "| epsilon_central | 7.910 ",
         "| delta | 1e-05 |",
-        "| secure aggregation | on, 21-bit fields; cohorts of 3 to 16 sites, 1 of which may collude",
+        "| secure aggregation | on, 21-bit fields; cohorts of 3 to 16 sites; 1 of their organisations may collude",
         "| sites | north, lakeside, st-mary |",
         "| rounds | 4 of 4 planned |",
         agreed.plan.model.sha256,
