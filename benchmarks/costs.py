@@ -247,7 +247,8 @@ def page(
     return f"""# What secure aggregation costs
 
 Made by `make costs`; do not edit. CPU time of one round's encoding, cryptography and checks, at a site and at the
-coordinator, with fields of 21 bits and {COLLUDING} colluding site assumed. Training, TLS and disks are not in it.
+coordinator, with fields of 21 bits, organisations of one site each and {COLLUDING} that may collude. Training, TLS and
+disks are not in it.
 Measured on {platform.machine()} with AES in hardware and Python {platform.python_version()}. Masks, encoding and
 signatures use all cores, so on two cores a party waits for about half of it.
 

@@ -1,7 +1,7 @@
 """Secure aggregation at a site and at the coordinator against Flower's SecAgg+, both in this process, in turns.
 
 `python benchmarks/secagg_crypto.py`: d = 1M coordinates, 10 sites without and with drops, and 30 sites of which 5 drop;
-one colluding site is assumed, which sets the threshold of both; complete graph on both sides.
+one colluding organisation of one site is assumed, which sets the threshold of both; complete graph on both sides.
 
 Ours: `FieldLayout.encode` of float64, then `SiteSession` and `CoordinatorSession` as a round uses them: envelopes built
 and parsed, signatures and the consistency stage (Flower has neither), every check, masks, shares, decoding. Flower:
