@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from foedus_common.private_files import create_private, private_folder
 from foedus_common.tables import parse, read_toml
 
 SETTINGS = "site.toml"
+TRIES, INSTANT = 10, 0.05
+"""How often the daemon asks for its lock, and how many seconds apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,27 +153,41 @@ class SiteHome:
         return dataclasses.replace(tls, authority=tls.authority + found)
 
     def daemon_runs(self) -> bool:
-        try:
-            with self.daemon_lock():
-                return False
-        except LocalError:
-            return True
+        with self._lock_file() as descriptor:
+            return not _locked(descriptor, fcntl.LOCK_SH)
 
     @contextmanager
     def daemon_lock(self) -> Iterator[None]:
         """Held while the daemon runs; the system lets go of it when the process ends, however it ends.
 
-        Raises LocalError when another daemon has this home.
+        `daemon_runs` holds it for an instant, and is waited for. Raises LocalError when another daemon has this home.
         """
+        with self._lock_file() as descriptor:
+            for _ in range(TRIES):
+                if _locked(descriptor, fcntl.LOCK_EX):
+                    break
+                _instant()
+            else:
+                raise LocalError(f"A daemon is running on {self.path} already; stop it first, or use another --home.")
+            yield
+
+    @contextmanager
+    def _lock_file(self) -> Iterator[int]:
         descriptor = os.open(self.path / "daemon.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise LocalError(
-                f"A daemon is running on {self.path} already; stop it first, or use another --home."
-            ) from None
-        try:
-            yield
+            yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    """Whether this process has the lock now. kind: for one alone (LOCK_EX) or for all who only look (LOCK_SH)."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _instant() -> None:
+    threading.Event().wait(INSTANT)

@@ -5,19 +5,23 @@ A failure means that a typing mistake in the policy goes unnoticed, or that two 
 
 from __future__ import annotations
 
+import fcntl
 import stat
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from foedus_client import config
 from foedus_client.config import SiteHome, SiteSettings, home_path
 from foedus_client.policy import SitePolicy
 from foedus_common.errors import LocalError
 
 HOLD = """
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from foedus_client.config import SiteHome
 
@@ -129,6 +133,18 @@ def test_two_daemons_on_one_home_are_refused(tmp_path: Path) -> None:
     with home.daemon_lock(), other.daemon_lock(), pytest.raises(LocalError, match=r"running on .* already"):
         enter()
     enter()
+
+
+def test_who_looks_whether_a_daemon_runs_keeps_none_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, looking = SiteHome.create(tmp_path / "home"), ExitStack()
+    assert not home.daemon_runs()
+    fcntl.flock(looking.enter_context(home._lock_file()), fcntl.LOCK_SH)
+    assert not home.daemon_runs()  # two that look are in nobody's way
+    monkeypatch.setattr(config, "_instant", looking.close)
+    with home.daemon_lock():
+        assert home.daemon_runs()
 
 
 def test_a_daemon_that_was_killed_holds_no_lock(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from foedus_common.errors import LocalError
 from foedus_common.journal import verify
 from foedus_common.objects import ObjectRef
 from foedus_server.config import Settings
-from foedus_server.store import Attempt, Certificate, DatabaseAway, Evaluation, Store, engine
+from foedus_server.store import Attempt, Certificate, DatabaseAway, Evaluation, Store, database, engine
+from foedus_simulations.parties import until
 
 ADAPTER, OPTIMIZER = ObjectRef("a" * 64, 1_500), ObjectRef("b" * 64, 1)
 RUN = 2**63 - 1
@@ -155,7 +156,10 @@ def older(url: str) -> None:
 # --- One writer, one service ---
 
 
-def test_of_two_services_on_one_database_the_second_is_refused(store: Store, url: str) -> None:
+def test_of_two_services_on_one_database_the_second_is_refused(
+    store: Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "GONE_SECONDS", 0.1)
     other = Store.open(url, ManualClock())
     store.database.claim()
     store.database.claim()
@@ -179,7 +183,32 @@ def test_a_reader_sees_one_moment(store: Store, url: str) -> None:
     other.close()
 
 
-def test_a_server_that_goes_down_is_waited_for(postgresql_server: postgresql.Server) -> None:
+def test_a_service_that_has_just_been_killed_is_waited_for(
+    postgresql_server: postgresql.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session ends when the server notices; here that is when the next service waits for it."""
+    monkeypatch.setattr(database, "GONE_SECONDS", 60)
+    url = postgresql_server.database()
+    killed, following = Store.create(url, ManualClock()), Store.open(url, ManualClock())
+    killed.database.claim()
+    waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+
+    def awaited() -> bool:
+        with killed.database.reading() as connection:
+            return bool(connection.execute(waiting).scalar_one())
+
+    with ThreadPoolExecutor() as threads:
+        claim = threads.submit(following.database.claim)
+        until(awaited, 60, "the next service's waiting")
+        killed.close()
+        claim.result()
+    following.close()
+
+
+def test_a_server_that_goes_down_is_waited_for(
+    postgresql_server: postgresql.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "GONE_SECONDS", 0.1)
     url = postgresql_server.database()
     store = Store.create(url, ManualClock())
     store.database.claim()

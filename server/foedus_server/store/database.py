@@ -26,6 +26,7 @@ from foedus_server.store.engine import (
     SERVICE_LOCK,
     DatabaseAway,
     explained,
+    is_lock_timeout,
     open_engine,
     said,
     sqlite_path,
@@ -84,6 +85,7 @@ class Database:
     def claim(self) -> None:
         """Be the one `foedus up` of this database until `close`, however the process ends; again makes sure of it.
 
+        One that ended a moment ago is waited for: PostgreSQL takes its time to notice that a killed process hung up.
         Raises LocalError when another one is, and DatabaseAway when that cannot be found out.
         """
         if self._path:
@@ -98,14 +100,14 @@ class Database:
             raise explained(error, "be held on to") from None
         try:
             held = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT", foedus="session")
-            for statement in NOTICE_A_DEAD_CLIENT:
+            for statement in (*NOTICE_A_DEAD_CLIENT, f"SET lock_timeout TO '{GONE_SECONDS}s'"):
                 held.execute(text(statement))
-            mine = held.execute(select(func.pg_try_advisory_lock(SERVICE_LOCK))).scalar_one()
+            held.execute(select(func.pg_advisory_lock(SERVICE_LOCK)))
         except DBAPIError as error:
-            raise explained(error, "be claimed") from None
-        if not mine:
+            if not is_lock_timeout(error):
+                raise explained(error, "be claimed") from None
             held.close()
-            raise LocalError(_TAKEN)
+            raise LocalError(_TAKEN) from None
         self._claim = held
 
     def copy_to(self, path: Path) -> None:
@@ -165,6 +167,7 @@ class Database:
             return [Entry(**row._mapping) for row in connection.execute(query)]
 
 
+GONE_SECONDS = 5
 _TAKEN = "Another `foedus up` works with this database; stop it first."
 
 

@@ -78,6 +78,11 @@ def explained(error: DBAPIError, what: str) -> LocalError:
     return DatabaseAway(sentence) if server_is_away or error.connection_invalidated else LocalError(sentence)
 
 
+def is_lock_timeout(error: DBAPIError) -> bool:
+    """Whether PostgreSQL gave up waiting for a lock (SQLSTATE 55P03, lock_not_available)."""
+    return getattr(error.orig, "sqlstate", None) == "55P03"
+
+
 def said(error: DBAPIError) -> str:
     """The first line of a driver's words."""
     return (str(error.orig).strip().splitlines() or [type(error.orig).__name__])[0].rstrip(".")
