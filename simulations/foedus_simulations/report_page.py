@@ -68,7 +68,8 @@ def _whole_percent(share: float) -> str:
 
 def _section(heading: str, svg: str, caption: str, style: str = "") -> str:
     return (
-        f'<h2>{escape(heading)}</h2>\n<figure class="{style}">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+        f'<h2>{escape(heading)}</h2>\n<figure class="{style}"><div class="scroll">{svg}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -231,9 +232,11 @@ def _traffic(report: Report) -> str:
 
 
 def _time(report: Report) -> str:
+    rest = report.seconds_total - sum(report.seconds_by_stage.values())
+    stages = {**report.seconds_by_stage, **({"all else": rest} if rest >= 1 else {})}
     marks = [
         Mark(stage, "", seconds, f"{duration(seconds)}  ({seconds / report.seconds_total:.0%})", "plain")
-        for stage, seconds in report.seconds_by_stage.items()
+        for stage, seconds in stages.items()
     ]
     svg = charts.bars("Seconds by stage", marks, width=WIDE, label_room=200)
     caption = f"{duration(report.seconds_total)} in all, with every party on one machine."
@@ -255,7 +258,8 @@ def _examples(report: Report) -> str:
 
     heads = '<tr><th>held-out row</th><th>is</th><th>the adapter says</th><th class="number">probability</th></tr>'
     rows = "".join(map(row, report.examples))
-    return f"<h2>{len(report.examples)} rows, and what it says</h2>\n<table>{heads}{rows}</table>"
+    table = f'<div class="scroll"><table>{heads}{rows}</table></div>'
+    return f"<h2>{len(report.examples)} rows, and what it says</h2>\n{table}"
 
 
 def _reading(report: Report) -> str:
@@ -294,7 +298,7 @@ def _table(report: Report) -> str:
     ]
     head = "".join(f'<th class="number">{words}</th>' for words in heads)
     body = "".join("<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in row) + "</tr>" for row in rows)
-    return f"<h2>The figures by round</h2>\n<table><tr>{head}</tr>{body}</table>"
+    return f'<h2>The figures by round</h2>\n<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _footer(report: Report) -> str:
