@@ -60,7 +60,11 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _nearest(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(sorted(known))}."
+    return (
+        f"; did you mean {close[0]!r}?"
+        if close
+        else f"; there {'are' if len(known) > 1 else 'is'} {', '.join(sorted(known))}."
+    )
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

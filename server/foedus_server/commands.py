@@ -56,7 +56,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class RoundScore:
-    """What the adapter reached after `round` rounds (counted from 1)."""
+    """What the adapter reached after `round` rounds (counted from 1; 0 is what the run starts from)."""
 
     round: int
     score: Score
@@ -193,7 +193,8 @@ class Operator:
         Raises LocalError when the rows do not fit the plan, or the model is not here.
         """
         agreed, adapters = self.agreed(run), self.adapters(run)
-        chosen = list(enumerate(adapters, start=1))[None if every_round else -1 :]
+        first = min(1, len(self.store.runs.committed(run.run_id)))  # 0: what the run starts from
+        chosen = list(enumerate(adapters, start=first))[None if every_round else -1 :]
         files = [self.objects.path(adapter) for _, adapter in chosen]
         scores = evaluate(self._model_folder(agreed.plan), agreed, files, data, text=text, label=label)
         results = [RoundScore(number, score) for (number, _), score in zip(chosen, scores, strict=True)]

@@ -122,7 +122,7 @@ class Service:
     def _conduct(self, run: Run) -> None:
         try:
             grid = self.link.grid(run.run_id, max_upload_bytes=self._largest_vector(run))
-            logger.info("run %s: under way, %d of %d rounds done", run.name, run.rounds_done, run.rounds)
+            logger.info("run %s: taken up, %d of %d rounds done", run.name, run.rounds_done, run.rounds)
             try:
                 server_app(self._coordinator)(grid=grid, context=context_of(run.run_id))
             finally:

@@ -21,9 +21,11 @@ from foedus_common.checkpoints import sheet
 from foedus_common.clock import SystemClock, iso
 from foedus_common.enrolment import decode_token
 from foedus_common.identity import fingerprint
+from foedus_server import commands as actions
 from foedus_server.audit import notary
 from foedus_server.cli import operator as cli
 from foedus_server.config import Link, Settings
+from foedus_server.release.evaluation import Score
 from foedus_simulations.parties import OPERATOR, Party, free_ports, until
 from known_sites import plan_of, submit
 from operators import Applicant, Operator
@@ -167,7 +169,7 @@ def test_a_run_is_stopped_and_resumed(foedus: Foedus) -> None:
         assert (action, ended.code) in (("resume", 2), ("stop", 0))
     runs.move(7, ["stopping"], "stopped", "stopped by the operator")
     assert foedus("run", "stop", "icd-chapters").err == (
-        "foedus: The run icd-chapters is stopped, so it cannot become stopping.\n"
+        "foedus: The run icd-chapters is stopped; this takes one that is inviting or running.\n"
     )
     resumed = foedus("run", "resume", "icd-chapters", "--json").json
     assert resumed == {"run": "7", "state": "inviting", "rounds_done": 0}
@@ -186,6 +188,16 @@ def test_watching_a_run_that_did_not_finish_ends_with_1(foedus: Foedus) -> None:
     shown = foedus("run", "watch", "7", "--json")
     assert (shown.code, shown.json["state"]) == (1, "failed")
     assert shown.json == foedus("run", "show", "7", "--json").json
+
+
+def test_what_a_run_starts_from_is_judged_as_after_no_round(foedus: Foedus, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit(foedus.operator.home, foedus.operator.store, plan_of(rounds=2), run_id=7)
+    monkeypatch.setattr(actions.Operator, "_model_folder", lambda self, plan: Path("model"))
+    monkeypatch.setattr(
+        actions, "evaluate", lambda *given, **named: [Score("first", rows=4, right=1, classes={}, examples=())]
+    )
+    (judged,) = foedus("run", "evaluate", "7", "--data", "rows.csv", "--json").json
+    assert (judged["round"], judged["accuracy"]) == (0, 0.25)
 
 
 # --- Copies ---

@@ -393,7 +393,7 @@ def test_a_run_moves_only_from_the_states_it_was_decided_from(store: Store) -> N
     clock_of(store).advance(1)
     moved = store.runs.move(RUN, {"submitted"}, "preparing")
     assert (moved.state, moved.updated_at) == ("preparing", clock_of(store).now())
-    with pytest.raises(LocalError, match="icd-chapters is preparing, so it cannot become stopping"):
+    with pytest.raises(LocalError, match="icd-chapters is preparing; this takes one that is inviting or running"):
         store.runs.move(RUN, {"running", "inviting"}, "stopping")
     failed = store.runs.move(RUN, {"preparing"}, "failed", "The model is not here.")
     assert failed.reason == "The model is not here."

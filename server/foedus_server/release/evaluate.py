@@ -1,7 +1,7 @@
 """Child process: the accuracy of adapters on held-out rows that the consortium owns.
 
     python -m foedus_server.release.evaluate --model DIR --plan AGREED.json --data ROWS.csv
-        [--text note] [--label chapter] [--examples 3] ADAPTER.safetensors ...
+        --text note --label chapter [--examples 3] ADAPTER.safetensors ...
 
 Loads the model once and prints one line of JSON per adapter (`evaluation.Score`), as soon as it is known. All
 arithmetic is in float32, so that a figure does not depend on the machine's instructions. Exit code 2 and one sentence
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m foedus_server.release.evaluate", description="See the module.")
     for name in ("--model", "--plan", "--data"):
         parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--text", default="note")
-    parser.add_argument("--label", default="chapter")
+    for name in ("--text", "--label"):
+        parser.add_argument(name, required=True)
     parser.add_argument("--examples", type=int, default=3)
     parser.add_argument("adapters", type=Path, nargs="+")
     given = parser.parse_args(arguments)

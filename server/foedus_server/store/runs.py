@@ -90,7 +90,9 @@ class Runs:
         with self._database.writing("change the run's state") as connection:
             run = _run(connection, run_id)
             if run.state not in states:
-                raise LocalError(f"The run {run.name} is {run.state}, so it cannot become {to}.")
+                raise LocalError(
+                    f"The run {run.name} is {run.state}; this takes one that is {' or '.join(sorted(states))}."
+                )
             self._change(connection, run_id, state=to, reason=reason)
             self._database.log(connection, f"run.{to}", run=str(run_id), reason=reason)
             return _run(connection, run_id)

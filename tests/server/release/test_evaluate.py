@@ -138,7 +138,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
     def said(plan: str, data: Path, adapter: str) -> str:
         arguments = ["--model", str(model), "--plan", str(tmp_path / plan), "--data", str(data)]
-        assert main([*arguments, str(tmp_path / adapter)]) == 2
+        assert main([*arguments, "--text", "note", "--label", "chapter", str(tmp_path / adapter)]) == 2
         output = capfd.readouterr()
         assert output.out == ""
         assert len(output.err.splitlines()) == 1
