@@ -12,6 +12,7 @@ from foedus_common.checks import Note
 from foedus_common.errors import RemoteError
 from foedus_common.identity import Roster
 from foedus_common.plan import AgreedPlan, SecureAggregation
+from foedus_common.protocol.draw import drawn_cohorts
 from foedus_common.protocol.thresholds import MAX_COHORT, cohort_thresholds
 from foedus_common.ranges import counted_sites
 from foedus_common.terms import protocol_roster
@@ -85,9 +86,28 @@ def outlook(agreed: AgreedPlan, roster: Roster) -> str:
     secure, everybody = agreed.plan.secure_aggregation, roster.public_keys
     if short := shortfall(everybody, agreed, roster):
         return f"There are {roster.members}, which make no round: {short}."
-    if len(everybody) > min(secure.size.most, secure.size.largest_cohort):
-        return f"There are {roster.members}; each sum counts the organisations of its own cohort."
+    if len(everybody) > secure.size.most:
+        return f"There are {roster.members}, and rounds of the plan have room for {secure.size.most}."
+    if len(everybody) > secure.size.largest_cohort:
+        return f"There are {roster.members}. {_trial_draw(agreed, roster)}"
     return f"There are {roster.members}. {full_round(roster, secure.colluding)}"
+
+
+def _trial_draw(agreed: AgreedPlan, roster: Roster) -> str:
+    """What one of the draws comes to that a round of all sites may have: whose sites meet in a cohort is chance."""
+    secure, known, needed, refused = agreed.plan.secure_aggregation, protocol_roster(roster), [], []
+    cohorts = drawn_cohorts(bytes(32), 0, 0, 0, dict.fromkeys(roster.public_keys, b""), secure.size.largest_cohort)
+    for cohort in cohorts:
+        try:
+            needed.append(cohort_thresholds(cohort, secure.colluding, strictest(agreed), known).quorum)
+        except RemoteError as error:
+            refused.append(error)
+    if refused:
+        return f"Drawn for a trial, {len(refused)} of {len(cohorts)} cohorts open no sum: {refused[0]}."
+    return (
+        f"Drawn for a trial, cohorts of {len(cohorts[-1])} to {len(cohorts[0])} sites need {min(needed)} to "
+        f"{max(needed)} of them until their end."
+    )
 
 
 def usual_round(roster: Roster) -> str:

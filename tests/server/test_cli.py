@@ -7,6 +7,7 @@ Commands run in the test's process, except where a signal is the point. Plans th
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 from collections.abc import Iterator
@@ -131,6 +132,17 @@ def test_a_site_from_its_token_to_its_end(foedus: Foedus) -> None:
     assert foedus("site", "rotate", "north", "--json").json["token"] != token
     assert foedus("site", "revoke", "north", "--json").json == {"site": "north", "state": "revoked"}
     assert foedus("site", "revoke", "south").code == 2
+
+
+def test_sites_are_counted_by_organisation_where_one_has_several(foedus: Foedus) -> None:
+    registry = foedus.operator.registry
+    for name, org in (("north-1", "North Hospital"), ("north-2", "North Hospital"), ("west", "West Clinic")):
+        applicant = Applicant(foedus.operator, registry.invite(name, org))
+        applicant.ask()
+        applicant.is_approved()
+    for words in (("roster", "sign"), ("site", "list")):
+        counted = re.split(r"\norganisation +sites", foedus(*words).out)[1]
+        assert re.findall(r"(\w+ \w+) +(\d)", counted) == [("North Hospital", "2"), ("West Clinic", "1")]
 
 
 def test_the_authority_is_changed_with_one_command(foedus: Foedus) -> None:

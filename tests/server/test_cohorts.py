@@ -63,9 +63,21 @@ def test_a_plan_is_looked_at_before_the_sites_of_the_roster() -> None:
     )
     assert "needs 9 of them until its end." in outlook(agreed_plan(), roster_of(*(1,) * 16))
     assert "With fewer sites of the largest 2 organisations" in outlook(two, roster_of(9, 5, 1, 1))
-    assert "each sum counts the organisations of its own cohort" in outlook(agreed_plan(), roster_of(9, 9, 9))
+    assert "(up to 9 each), and rounds of the plan have room for 16." in outlook(agreed_plan(), roster_of(9, 9, 9))
     assert outlook(two, roster_of(2, 1, 1)).endswith("belong to 3 organisations, and 4 are needed.")
     assert outlook(agreed_plan(), roster_of(1, 1)).endswith("which make no round: its plan needs 3.")
+
+
+def test_large_rounds_are_drawn_for_a_trial() -> None:
+    """Two hundred sites of a hundred organisations, or of three; and of one that few others join."""
+    secure = {"min_sites": 150, "max_sites": 300, "colluding": 8, "field_bits": 24, "retries": 2}
+    plan = agreed_plan(secure_aggregation=secure)
+    said = re.search(r"cohorts of 100 to 100 sites need (\d+) to (\d+) of them", outlook(plan, roster_of(*[2] * 100)))
+    assert said is not None
+    assert 55 <= int(said[1]) <= int(said[2]) <= 59  # 55 were each organisation there once, 59 if eight are there twice
+    assert "2 of 2 cohorts open no sum: TOO_FEW_SITES" in outlook(plan, roster_of(100, 50, 50))
+    sharing = agreed_plan(**{**by_site(), "secure_aggregation": secure})
+    assert "2 of 2 cohorts open no sum: COHORT_SIZE" in outlook(sharing, roster_of(*[20] * 10))
 
 
 def test_where_the_noise_of_others_counts_many_sites_of_one_organisation_ask_for_more_sites() -> None:

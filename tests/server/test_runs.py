@@ -593,6 +593,16 @@ def test_one_is_lost_and_both_cohorts_open(eight: Consortium, stage: str) -> Non
     eight.assert_sums_are_exact()
 
 
+def test_a_cohort_that_its_sites_would_not_join_is_missed(consortium: Make, drawn: None) -> None:
+    """Five of eight are one organisation's: of two cohorts one has sites of three organisations, whoever draws."""
+    eight = consortium((*CHAIN, "chain-4", "chain-5", "west"))
+    eight.submit(plan_of(rounds=1))
+    assert eight.conduct() == "finished"
+    assert len(eight.survivors[0]) == 4
+    assert len({site for site in eight.survivors[0] if not site.startswith("chain")}) >= 2
+    eight.assert_sums_are_exact()
+
+
 def test_a_cohort_that_opens_no_sum_is_missed_like_its_sites(eight: Consortium) -> None:
     """Two of four are lost: t is three. The other cohort's sum is the round's; the lost one's vectors are used up."""
     cohort: list[str] = []
