@@ -237,6 +237,12 @@ class _Conductor:
 
     def _attempt(self, round_plan: RoundPlan) -> tuple[Attempt, Committed | Aborted]:
         attempt = self._coordinator.store.runs.start_attempt(self._run_id, round_plan.index)
+        sites = self._silences.without(members := self._members(), round_plan.index)
+        if left_out := sorted({*members} - {*sites}):
+            silent = ", ".join(left_out)
+            logger.warning(
+                "round %d: kept back what they committed to, and are not asked: %s", attempt.round + 1, silent
+            )
         task = RoundTask(
             agreed=self.agreed,
             signed_plan=self._signed_plan,
@@ -244,7 +250,7 @@ class _Conductor:
             round_plan=round_plan,
             attempt=attempt.attempt,
             adapter=self._current_adapter(),
-            sites=self._silences.without(self._members(), round_plan.index),
+            sites=sites,
         )
 
         def save(stage: str, log: RoundLog) -> None:

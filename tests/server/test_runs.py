@@ -657,12 +657,15 @@ def test_sites_that_fall_silent_one_after_another_cost_a_draw_each_and_no_round(
     many.assert_sums_are_exact()
 
 
-def test_who_keeps_a_seed_back_again_is_left_out_for_longer(eight: Consortium) -> None:
+def test_who_keeps_a_seed_back_again_is_left_out_for_longer(
+    eight: Consortium, caplog: pytest.LogCaptureFixture
+) -> None:
     """branch-3 spoils every draw that it is part of: of five rounds the first, the second and the fourth."""
     eight.submit(plan_of(rounds=5))
     eight.grid.fault = keeping_back(lambda round_, attempt: ["branch-3"])
     assert eight.conduct() == "finished"
     spoilt = [index for index, _, state in eight.attempts if state == "aborted"]
+    assert "round 3: kept back what they committed to, and are not asked: branch-3" in caplog.text
     assert spoilt == [0, 1, 3]
     assert eight.survivors == [tuple(name for name in EIGHT if name != "branch-3")] * 5
 
