@@ -170,7 +170,7 @@ FOR_THE_OPERATOR: dict[str, tuple[Words, str]] = {
         r"north is a member already; `foedus site rotate north` lets it make new keys\.",
     ),
     "approving nobody": (lambda w: ["site", "approve", "north"], r"north has no key that waits; .*"),
-    "revoking nobody": (lambda w: ["site", "revoke", "west"], r"There is no site 'west'; see `foedus site list`\."),
+    "revoking nobody": (lambda w: ["site", "revoke", "nobody"], r"There is no site 'nobody'; see `foedus site list`\."),
     "a site's home": (
         lambda w: ["--home", str(w.site), "run", "list"],
         r"There is no Foedus home at .*north; `foedus init` makes one, --home names another\.",

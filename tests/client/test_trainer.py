@@ -310,6 +310,14 @@ def test_a_killed_child_is_an_error_and_the_next_call_starts_another(
         assert len(started) == number + 1
 
 
+def test_a_child_that_had_to_be_killed_did_not_run_out_of_memory(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    false_child(monkeypatch, f"{OPEN}import os; os.close(1); inp.read()")  # says no more, and does not end
+    monkeypatch.setattr(trainer_process, "ENDS_WITHIN", 0.0)
+    trainer = TrainerProcess(site.settings(), site.agreed)
+    with pytest.raises(LocalError, match=r"ended early \(exit status -9\)"):
+        trainer.train(site.adapter, site.sha256, schedule(site.agreed.plan)[0])
+
+
 def test_stop_ends_a_training_under_way(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     started = false_child(monkeypatch, f"{OPEN}out.write({PROGRESS!r}); out.flush(); inp.read()")
     trainer, under_way = TrainerProcess(site.settings(), site.agreed), threading.Event()

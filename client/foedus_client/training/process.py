@@ -127,20 +127,22 @@ class TrainerProcess:
             raise LocalError("The trainer answered with something else than an update; see its log.") from None
 
     def _death(self, child: subprocess.Popen[bytes]) -> LocalError:
-        self._end(child)
+        by_itself = self._end(child)
         if self._stopped:
             return LocalError("The trainer of this run was stopped.")
-        if child.returncode == -9:
+        if child.returncode == -9 and by_itself:
             return LocalError("The trainer was killed, most likely because memory ran out; free memory, or raise it.")
         return LocalError(f"The trainer ended early (exit status {child.returncode}); see its log.")
 
-    def _end(self, child: subprocess.Popen[bytes]) -> None:
-        """Wait for a child whose pipe is closed; kill one that does not end by itself."""
+    def _end(self, child: subprocess.Popen[bytes]) -> bool:
+        """Wait for a child whose pipe is closed, and kill one that does not end by itself; whether it did."""
         try:
             child.wait(timeout=0 if self._stopped else ENDS_WITHIN)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+            return False
+        return True
 
 
 def _start(threads: int, log: IO[bytes] | int | None) -> subprocess.Popen[bytes]:
