@@ -28,6 +28,7 @@ from foedus_common.link import foedus_pb2_grpc as pb_grpc
 from foedus_common.link.transport import CHANNEL_OPTIONS, TlsIdentity
 from foedus_common.objects import ObjectStore
 from foedus_common.randomness import system_random
+from foedus_server.link import service
 from foedus_server.link.grid import LinkServer
 from foedus_server.members.registry import ApprovedSites
 from operators import Applicant, Operator
@@ -118,7 +119,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(service, "REFRESH_SECONDS", 60.0)  # or a busy machine's database would count as away
     world = World(tmp_path)
     yield world
     world.close()

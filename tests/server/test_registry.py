@@ -146,7 +146,7 @@ def test_a_newer_token_ends_the_older_one_and_what_came_of_it(operator: Operator
     assert operator.registry.site("north").org == "Nordklinik AG"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.binary(max_size=200))
 def test_whatever_a_stranger_sends_gets_an_answer(operator: Operator, data: bytes) -> None:
     assert "BAD_MESSAGE" in refusal(reply_from_bytes(operator.registry.enrol(data)))
