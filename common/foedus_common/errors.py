@@ -47,7 +47,6 @@ class DropReason(StrEnum):
 
     DECLINED = "declined"
     DEADLINE = "deadline"
-    DISCONNECTED = "disconnected"
     PROTOCOL = "protocol"
 
 

@@ -391,13 +391,13 @@ def test_a_run_is_found_by_its_id_and_by_the_newest_of_its_name(store: Store) ->
 def test_a_run_moves_only_from_the_states_it_was_decided_from(store: Store) -> None:
     submitted(store)
     clock_of(store).advance(1)
-    moved = store.runs.move(RUN, {"submitted"}, "preparing")
-    assert (moved.state, moved.updated_at) == ("preparing", clock_of(store).now())
-    with pytest.raises(LocalError, match="icd-chapters is preparing; this takes one that is inviting or running"):
-        store.runs.move(RUN, {"running", "inviting"}, "stopping")
-    failed = store.runs.move(RUN, {"preparing"}, "failed", "The model is not here.")
+    moved = store.runs.move(RUN, {"submitted"}, "inviting")
+    assert (moved.state, moved.updated_at) == ("inviting", clock_of(store).now())
+    with pytest.raises(LocalError, match="icd-chapters is inviting; this takes one that is running or stopping"):
+        store.runs.move(RUN, {"stopping", "running"}, "stopped")
+    failed = store.runs.move(RUN, {"inviting"}, "failed", "The model is not here.")
     assert failed.reason == "The model is not here."
-    assert events(store) == ["run.submitted", "run.preparing", "run.failed"]
+    assert events(store) == ["run.submitted", "run.inviting", "run.failed"]
 
 
 def test_of_two_that_move_a_run_one_wins(store: Store) -> None:
@@ -405,7 +405,7 @@ def test_of_two_that_move_a_run_one_wins(store: Store) -> None:
 
     def move(_: int) -> bool:
         try:
-            store.runs.move(RUN, {"submitted"}, "preparing")
+            store.runs.move(RUN, {"submitted"}, "inviting")
         except LocalError:
             return False
         return True

@@ -290,10 +290,10 @@ def model_add(
     For example: foedus-site model add /models/all-MiniLM-L6-v2
     """
     acting, path = Administrator(context.obj), folder.resolve()
-    sha256 = manifest_sha256(path)
-    acting.store.add_model(name or path.name, sha256, path)
-    facts = {"name": name or path.name, "sha256": sha256, "folder": str(path)}
-    print_json(facts) if as_json else print_facts(facts)
+    model = acting.store.add_model(name or path.name, manifest_sha256(path), path)
+    if as_json:
+        return print_json(model)
+    print_facts({"name": model.name, "sha256": model.manifest_sha256, "folder": model.path})
 
 
 @model_app.command("list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sqlite3
 from collections.abc import Mapping
@@ -39,21 +40,23 @@ class Dataset:
 class Belongings(Journal):
     """Models and datasets of this machine."""
 
-    def add_model(self, name: str, manifest_sha256: str, path: Path) -> None:
-        """Adding the same folder again is no mistake. Raises LocalError for a name that another model has."""
+    def add_model(self, name: str, manifest_sha256: str, path: Path) -> StoredModel:
+        """The model under its name, now at `path`. Raises LocalError for a name or a model that is here already."""
+        added = StoredModel(name, manifest_sha256, path.absolute(), self._now())
         with self.transaction("add model"):
             known = self.model(manifest_sha256)
             if known and known.name == name:
-                self._db.execute("UPDATE models SET path = ? WHERE name = ?", (str(path.absolute()), name))
-                return
+                self._db.execute("UPDATE models SET path = ? WHERE name = ?", (str(added.path), name))
+                return dataclasses.replace(known, path=added.path)
             if known:
                 raise LocalError(f"This model was added already, as {known.name!r}.")
             if self._first("SELECT 1 FROM models WHERE name = ?", name):
                 raise LocalError(f"Another model has the name {name!r}; choose another name.")
             self._db.execute(
-                "INSERT INTO models VALUES (?, ?, ?, ?)", (manifest_sha256, name, str(path.absolute()), self._now())
+                "INSERT INTO models VALUES (?, ?, ?, ?)", (manifest_sha256, name, str(added.path), added.added_at)
             )
             self.log("model.added", model=name, manifest_sha256=manifest_sha256)
+        return added
 
     def models(self) -> list[StoredModel]:
         return [_model(row) for row in self._all("SELECT * FROM models ORDER BY name")]

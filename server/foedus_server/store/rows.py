@@ -9,7 +9,7 @@ from typing import Literal
 from foedus_common.objects import ObjectRef
 
 SiteState = Literal["invited", "waiting", "approved", "revoked"]
-RunState = Literal["submitted", "preparing", "inviting", "running", "stopping", "stopped", "finished", "failed"]
+RunState = Literal["submitted", "inviting", "running", "stopping", "stopped", "finished", "failed"]
 AttemptState = Literal["open", "committed", "aborted"]
 
 
