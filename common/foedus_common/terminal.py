@@ -127,4 +127,6 @@ def print_as_is(text: str) -> None:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -52,12 +52,12 @@ def test_what_is_broken_is_a_sentence(screen: StringIO) -> None:
 
 def test_facts_stand_beside_their_names(screen: StringIO) -> None:
     sentence = " ".join(["Both epsilons are the same."] * 6)
-    terminal.print_facts({"head": SHA256, "about_epsilons": sentence, "by": ""})
+    terminal.print_facts({"head": SHA256, "about_epsilons": sentence, "by": None})
     lines = plain(screen)
     assert lines[0] == f"head            {SHA256}"
     assert {line[:16].strip() for line in lines[2:-1]} <= {""}
     assert " ".join(line[16:].strip() for line in lines[1:-1]) == sentence
-    assert lines[-1] == "by"
+    assert lines[-1].split() == ["by", "-"]
 
 
 def test_only_a_terminal_breaks_a_sentence(screen: StringIO) -> None:
