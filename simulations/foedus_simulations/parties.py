@@ -111,7 +111,7 @@ class Party:
     def log(self, name: str) -> Path:
         return self.home.parent / "logs" / f"{self.home.name}-{name}.log"
 
-    def await_line(self, name: str, text: str, seconds: float = 60) -> None:
+    def await_line(self, name: str, text: str, seconds: float = 180) -> None:
         """Waits until the background command NAME has printed `text`; raises LocalError if it ends before."""
 
         def printed() -> bool:
@@ -125,7 +125,7 @@ class Party:
 
         until(printed, seconds, f"{self.home.name}: {name!r} printing {text!r}")
 
-    def finish(self, name: str, seconds: float = 60) -> None:
+    def finish(self, name: str, seconds: float = 180) -> None:
         """Waits for a background command to end with exit code 0."""
         code = self._running.pop(name).wait(timeout=seconds)
         if code != 0:

@@ -117,10 +117,10 @@ class Cluster:
     def rounds_done(self, run_id: int) -> int:
         return self.operator.store.runs.run(run_id).rounds_done
 
-    def await_rounds(self, run_id: int, count: int, seconds: float = 60) -> None:
+    def await_rounds(self, run_id: int, count: int, seconds: float = 180) -> None:
         until(lambda: self.rounds_done(run_id) >= count, seconds, f"round {count} of run {run_id}")
 
-    def await_state(self, run_id: int, state: str, seconds: float = 60) -> None:
+    def await_state(self, run_id: int, state: str, seconds: float = 180) -> None:
         until(lambda: self.state(run_id) == state, seconds, f"run {run_id} being {state}")
 
     def attempts(self, run_id: int) -> list[tuple[int, int, str]]:
@@ -172,6 +172,6 @@ def children(pid: int) -> list[Child]:
     return [Child(int(path.parent.name)) for path, fields in listed if fields[1] == str(pid)]
 
 
-def killed(process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+def killed(process: subprocess.Popen[bytes], seconds: float = 180) -> None:
     """Waits until the process has ended as by kill -9."""
     assert process.wait(timeout=seconds) == -signal.SIGKILL

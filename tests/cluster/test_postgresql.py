@@ -51,7 +51,7 @@ def test_a_run_waits_for_its_database_and_goes_on(three: Cluster, server: postgr
     until(lambda: "Waiting for it." in log.read_text(), 60, "the coordinator's noticing")
     assert coordinator.poll() is None
     server.start()
-    three.await_state(1, "finished", seconds=90)
+    three.await_state(1, "finished")
     three.assert_sums_are_exact(agreed)
     assert [state for _, _, state in three.attempts(1)].count("committed") == 3
     assert three.command("audit", "verify").returncode == 0

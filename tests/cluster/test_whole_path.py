@@ -174,7 +174,7 @@ def conduct(made: Federation) -> None:
     runs = Home.open(operator.home).store(SystemClock()).runs
 
     def await_rounds(count: int) -> None:
-        until(lambda: runs.run(int(made.run)).rounds_done == count, 90, f"the end of round {count}")
+        until(lambda: runs.run(int(made.run)).rounds_done == count, 240, f"the end of round {count}")
 
     await_rounds(1)  # the traced site is held before the second round
     until(lambda: any(attempt.round == 1 for attempt in runs.attempts(int(made.run))), 60, "the second round's begin")
@@ -197,7 +197,7 @@ def conduct(made: Federation) -> None:
     (third.home / "site.toml").write_text(SiteSettings(threads=1, device="cuda:7").to_toml())
     (made.folder / "gate-2").touch()
     third.start("run", "run")
-    until(lambda: "cuda:7" in third.ask("status")["last trouble"], 90, "the device's being missed")
+    until(lambda: "cuda:7" in third.ask("status")["last trouble"], 240, "the device's being missed")
     third.stop("run")
     (third.home / "site.toml").write_text(SiteSettings(threads=1).to_toml())
     made.daemons[THIRD] = third.start("run", "run")

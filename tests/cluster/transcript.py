@@ -178,7 +178,7 @@ class Recording:
         for each in daemons:
             each.start()
         try:
-            until(lambda: acting.store.runs.run(run.run_id).state in ("finished", "failed"), 120, "the run's end")
+            until(lambda: acting.store.runs.run(run.run_id).state in ("finished", "failed"), 240, "the run's end")
             assert acting.store.runs.run(run.run_id).state == "finished", self.log.read_text()[-3000:]
             until(lambda: not service._threads[run.run_id].is_alive(), 60, "the sites' being told")
         finally:

@@ -28,7 +28,7 @@ from processes import Cluster, killed
 SITES = ("east", "north", "south", "west")
 COORDINATOR = "coordinator"
 POLICY = SitePolicy(require_approval=False, max_epsilon_per_day=400.0, max_epsilon_lifetime=400.0)
-PATIENCE = Patience(stage_seconds=20, absent_seconds=60, retry_seconds=0.2)
+PATIENCE = Patience(stage_seconds=60, absent_seconds=60, retry_seconds=0.2)
 """So that a site which is started again at once is back in time, also on a busy machine."""
 TROUBLES = {
     "kill": "kill -9, and a start at once",

@@ -81,7 +81,7 @@ class Networks:
             time.sleep(fault.lasts)  # this is how long the fault lasts, and no wait for anything
         finally:
             self.heal()
-        self.cluster.await_state(run_id, "finished", seconds=90)
+        self.cluster.await_state(run_id, "finished")
         until(lambda: self._heard_of_the_end(run_id), 60, "the sites' hearing of the end")
         judge(self.cluster, agreed, POLICY)
         assert self.cluster.survivors(run_id)[-1] == SITES, "the site did not come back"
