@@ -34,7 +34,9 @@ class ConnectProxy:
         with suppress(OSError):
             head = b""
             while b"\r\n\r\n" not in head:
-                head += client.recv(4096)
+                if not (received := client.recv(4096)):
+                    return client.close()  # or this thread would ask on for as long as the tests run
+                head += received
             request, *fields = head.decode().split("\r\n")
             method, target, _ = request.split()
             headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
