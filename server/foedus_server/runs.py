@@ -202,8 +202,9 @@ class _Conductor:
 
     def _can_do_without(self, spoilers: Collection[str], round_plan: RoundPlan) -> bool:
         """Whether the attempt failed for these sites, and enough are left without them."""
-        self._silences.note(spoilers, round_plan.index)
-        left = self._silences.without(self._members(), round_plan.index)
+        organisations = self._roster.organisations
+        self._silences.note(spoilers, round_plan.index, organisations)
+        left = self._silences.without(self._members(), round_plan.index, organisations)
         if spoilers and not self._shortfall(left):
             return True
         self._silences.forgive()
@@ -237,12 +238,9 @@ class _Conductor:
 
     def _attempt(self, round_plan: RoundPlan) -> tuple[Attempt, Committed | Aborted]:
         attempt = self._coordinator.store.runs.start_attempt(self._run_id, round_plan.index)
-        sites = self._silences.without(members := self._members(), round_plan.index)
-        if left_out := sorted({*members} - {*sites}):
-            silent = ", ".join(left_out)
-            logger.warning(
-                "round %d: kept back what they committed to, and are not asked: %s", attempt.round + 1, silent
-            )
+        sites = self._silences.without(members := self._members(), round_plan.index, self._roster.organisations)
+        if left_out := ", ".join(sorted({*members} - {*sites})):
+            logger.warning("round %d: left out, for seeds were kept back: %s", attempt.round + 1, left_out)
         task = RoundTask(
             agreed=self.agreed,
             signed_plan=self._signed_plan,

@@ -657,6 +657,16 @@ def test_sites_that_fall_silent_one_after_another_cost_a_draw_each_and_no_round(
     many.assert_sums_are_exact()
 
 
+def test_an_organisation_spoils_two_draws_however_many_sites_it_has(consortium: Make, drawn: None) -> None:
+    chain = tuple(f"chain-{number}" for number in range(8))
+    many = consortium((*EIGHT, *chain))
+    many.submit(plan_of(rounds=1))
+    many.grid.fault = keeping_back(lambda round_, attempt: chain[attempt : attempt + 1])
+    assert many.conduct() == "finished"
+    assert many.attempts == [(0, 0, "aborted"), (0, 1, "aborted"), (0, 2, "committed")]
+    assert many.survivors == [EIGHT]
+
+
 def test_who_keeps_a_seed_back_again_is_left_out_for_longer(
     eight: Consortium, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -665,7 +675,7 @@ def test_who_keeps_a_seed_back_again_is_left_out_for_longer(
     eight.grid.fault = keeping_back(lambda round_, attempt: ["branch-3"])
     assert eight.conduct() == "finished"
     spoilt = [index for index, _, state in eight.attempts if state == "aborted"]
-    assert "round 3: kept back what they committed to, and are not asked: branch-3" in caplog.text
+    assert "round 3: left out, for seeds were kept back: branch-3" in caplog.text
     assert spoilt == [0, 1, 3]
     assert eight.survivors == [tuple(name for name in EIGHT if name != "branch-3")] * 5
 
