@@ -193,7 +193,7 @@ class Operator:
         Raises LocalError when the rows do not fit the plan, or the model is not here.
         """
         agreed, adapters = self.agreed(run), self.adapters(run)
-        first = min(1, len(self.store.runs.committed(run.run_id)))  # 0: what the run starts from
+        first = int(adapters[0].sha256 != agreed.first_adapter_sha256)  # 0: what the run starts from
         chosen = list(enumerate(adapters, start=first))[None if every_round else -1 :]
         files = [self.objects.path(adapter) for _, adapter in chosen]
         scores = evaluate(self._model_folder(agreed.plan), agreed, files, data, text=text, label=label)

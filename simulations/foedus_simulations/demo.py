@@ -170,7 +170,7 @@ def fill_in_plan(operator: Party, template: Path, model: Path, corpus: Corpus, t
 
 
 def approve(site: Party, run: str) -> None:
-    until(lambda: any(plan["run"] == run for plan in site.ask("plans")), 60, f"{site.home.name}: the plan's arrival")
+    until(lambda: any(plan["run"] == run for plan in site.ask("plans")), 180, f"{site.home.name}: the plan's arrival")
     site.ask("approve", run)
 
 
