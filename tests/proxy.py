@@ -144,7 +144,7 @@ class Proxy:
         async def done() -> Any:
             return await work()
 
-        return asyncio.run_coroutine_threadsafe(done(), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(done(), self._loop).result(60)
 
 
 class _Line:
