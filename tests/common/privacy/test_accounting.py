@@ -20,7 +20,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from foedus_common.errors import LocalError
-from foedus_common.plan import AgreedPlan
+from foedus_common.plan import AgreedPlan, Part
 from foedus_common.privacy import accounting
 from foedus_common.privacy.accounting import (
     ORDERS,
@@ -229,3 +229,24 @@ def test_the_filter_is_nearly_as_generous_as_the_best_order_to_a_gaussian() -> N
     rho = budget / ORDERS[index]
     assert epsilon_of_rdp(tuple(rho * order for order in ORDERS), DELTA) == pytest.approx(8.0)
     assert 0.8 * 8.0 < gaussian_epsilon(rho, DELTA) < 8.0
+
+
+def test_the_demo_s_numbers_are_those_of_the_documents() -> None:
+    """docs/privacy.md, "The demo's numbers, step by step"; two phases of 7,700 and 26,132 numbers."""
+    head = {"train": "head", "rounds": 20, "steps": 3, "sampling_rate": 1.0, "learning_rate": 48.0}
+    adapter = {"train": "adapter", "rounds": 8, "steps": 2, "sampling_rate": 0.2, "learning_rate": 24.0}
+    changes = {"phase": [phase | {"decay": "linear", "budget_share": 0.5} for phase in (head, adapter)]}
+    multipliers = calibrate(run_plan(**changes), (7_700, 26_132))
+    layout = ((Part("head", 7_700),), (Part("head", 7_700), Part("adapter", 18_432)))
+    agreed = dataclasses.replace(with_multipliers(multipliers, **changes), trained=layout)
+    assert [round(z, 4) for z in multipliers] == [9.4103, 0.9719]
+    asked = events_of(agreed)
+    assert [(round(event.noise_multiplier, 4), event.steps) for event in asked] == [(9.3972, 60), (0.9695, 20)]
+    assert [round(epsilon([event], DELTA), 2) for event in asked] == [3.50, 6.99]
+    assert (round(epsilon(asked, DELTA), 2), round(epsilon(asked, 1e-8), 1)) == (7.99, 11.2)
+    made = [asked[0], dataclasses.replace(asked[1], steps=16)]
+    assert round(epsilon(made, DELTA), 2) == 7.40
+    index, room = rdp_budget(16.0, DELTA)
+    kept, wanted = rdp(made)[index], rdp(asked)[index]
+    assert (ORDERS[index], round(room, 2), round(wanted, 2), round(kept, 2)) == (3, 11.20, 4.16, 3.53)
+    assert kept + wanted < room < 2 * kept + wanted
