@@ -117,7 +117,8 @@ class Daemon:
         self._store.close()
 
     def _on_state(self, state: LinkState, sentence: str) -> None:
-        logger.log(logging.INFO if state == LinkState.CONNECTED else logging.WARNING, "%s: %s", state, sentence)
+        amiss = state in (LinkState.AWAY, LinkState.REFUSED)
+        logger.log(logging.WARNING if amiss else logging.INFO, "%s: %s", state, sentence)
         self.condition.link(state, sentence)
 
     def _ask_how_things_stand(self, request: bytes) -> bytes:

@@ -77,7 +77,9 @@ def write_sheet(file: Path, party: str, heads: Sequence[Head], there: str, as_js
 
 def confirm_loss(yes: bool) -> None:
     if not yes:
-        typer.confirm("Are entries missing because a backup was restored, and for no other reason?", abort=True)
+        typer.confirm(
+            "Are entries missing because a backup was restored, and for no other reason?", abort=True, err=True
+        )
 
 
 def show_losses(lost: Sequence[Checkpoint], as_json: bool) -> None:

@@ -110,6 +110,11 @@ def print_line(text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 
+def print_aside(text: str) -> None:
+    """What is told or asked while a command works: on standard error, so that a pipe gets the result alone."""
+    errors.print(text, markup=False, soft_wrap=not errors.is_terminal)
+
+
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Names and values, one a line; a terminal breaks a long value below itself."""
     width = max(map(len, facts), default=0)

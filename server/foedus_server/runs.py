@@ -92,7 +92,7 @@ class _Conductor:
     """One run under way: who is willing, and what the next round starts from."""
 
     def __init__(self, coordinator: Coordinator, run: Run, grid: RoundGrid) -> None:
-        assert run.signed_plan is not None  # `commands.prepare` agreed it
+        assert run.signed_plan is not None  # `Operator.submit` agreed it
         assert run.spec is not None
         self._coordinator = coordinator
         self._run_id = run.run_id

@@ -234,8 +234,10 @@ def test_who_leaves_keeps_the_ledger_and_nothing_that_opens_the_link(site: Site)
 
 
 def test_who_says_no_has_not_left(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("typer.confirm", lambda *words, abort: (_ for _ in ()).throw(cli.typer.Abort()))
-    assert site("leave").code == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    said = site("leave", "--json")
+    assert (said.code, said.out.strip()) == (1, "")  # the question is on standard error, where no pipe takes it in
+    assert "Delete the keys of north" in said.err
     assert site("status").code == 0
 
 

@@ -25,7 +25,7 @@ from foedus_common.objects import ObjectStore
 from foedus_common.plan import AgreedPlan, parse_agreed_plan
 from foedus_common.privacy import accounting
 from foedus_common.privacy.statement import about_epsilons
-from foedus_common.terminal import Json, print_as_is, print_facts, print_json, print_line, print_table
+from foedus_common.terminal import Json, print_as_is, print_aside, print_facts, print_json, print_line, print_table
 
 app = typer.Typer()
 
@@ -249,13 +249,13 @@ def _accept_loss(acting: Administrator, yes: bool, as_json: bool) -> None:
     else:
         raise LocalError("The ledger is in its newest state, so there is no loss to accept.")
     if not as_json:
-        print_line(
+        print_aside(
             f"{amiss}\n\nRuns that were approved since that copy was made are not in it at all. Go by your own records "
             "of them: the operator may leave some out. Lower [policy] max_epsilon_lifetime by what they may have "
             "spent; where nobody knows, train on their datasets no more.\n"
         )
     if not yes:
-        typer.confirm("Count every run in it that could have gone on as spent in full?", abort=True)
+        typer.confirm("Count every run in it that could have gone on as spent in full?", abort=True, err=True)
     lost = acting.ledger.accept_loss(by=getpass.getuser())
     if as_json:
         return print_json({"spent_in_full": [str(run) for run in lost]})

@@ -210,7 +210,7 @@ def leave(
     name = acting.membership.name
     with acting.home.daemon_lock():
         if not yes:
-            typer.confirm(f"Delete the keys of {name} and withdraw from all its plans?", abort=True)
+            typer.confirm(f"Delete the keys of {name} and withdraw from all its plans?", abort=True, err=True)
         for plan in acting.store.plans():
             if plan.state == "approved":
                 acting.approval().withdraw(plan.digest, by=getpass.getuser())

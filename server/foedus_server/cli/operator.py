@@ -38,7 +38,7 @@ from foedus_common.identity import (
 )
 from foedus_common.private_files import read_limited
 from foedus_common.randomness import system_random
-from foedus_common.terminal import Json, errors, print_facts, print_json, print_line, print_table
+from foedus_common.terminal import Json, print_aside, print_facts, print_json, print_line, print_table
 from foedus_server import config
 from foedus_server.cli.audit import audit_app
 from foedus_server.cli.doctor import findings
@@ -257,9 +257,9 @@ def site_rotate(context: typer.Context, name: SiteName, as_json: Json = False) -
 def _show_token(token: str, name: str, as_json: bool) -> None:
     if as_json:
         return print_json({"site": name, "token": token})
-    errors.print(f"Give this token to {name}; it is used once, within 24 hours:\n")
+    print_aside(f"Give this token to {name}; it is used once, within 24 hours:\n")
     print(token, flush=True)  # alone on standard output, so that it can go into a file
-    errors.print(f"\nThere: foedus-site join TOKEN.  Then here: foedus site approve {name}")
+    print_aside(f"\nThere: foedus-site join TOKEN.  Then here: foedus site approve {name}")
 
 
 @site_app.command("list")
@@ -306,8 +306,8 @@ def site_approve(
         raise LocalError(f"{name} has no key that waits; its administrator has to run `foedus-site join TOKEN` first.")
     ours = fingerprint(key)
     if fingerprint_read is None:
-        print_line(f"{name} shows this fingerprint if nobody is in between:\n\n    {ours}\n")
-        if not typer.confirm("Is it the one that the administrator reads to you?"):
+        print_aside(f"{name} shows this fingerprint if nobody is in between:\n\n    {ours}\n")
+        if not typer.confirm("Is it the one that the administrator reads to you?", err=True):
             raise LocalError(f"{name} was not approved; its token can be withdrawn by inviting it anew.")
     elif "".join(fingerprint_read.split()) != "".join(ours.split()):
         raise LocalError(f"The key that waits at {name} has another fingerprint; do not approve it, and find out why.")
