@@ -319,7 +319,7 @@ def test_the_journal_tells_of_backups_and_goes_on_after_a_restore(site: Site, tm
 
     site.home.rename(tmp_path / "broken")
     site("restore", str(tmp_path / "copy"))
-    said = " ".join(site("ledger", "--accept-loss", "--yes").out.split())
+    said = " ".join(site("ledger", "--accept-loss", "--yes").err.split())
     assert "Go by your own records" in said  # of runs since the copy, which nothing here can count
     assert site("audit", "verify").code == 0  # by itself it is whole
     ended = site("audit", "verify", "--against", str(tmp_path / "heads.json"))
