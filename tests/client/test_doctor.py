@@ -77,7 +77,8 @@ def test_nothing_is_amiss_at_a_site_that_works(site: Site) -> None:
     found = site.findings()
     assert {check: each.state for check, each in found.items() if each.state != "ok"} == {"daemon": "note"}
     assert set(found) == {
-        *("settings", "files", "disk", "device", "membership", "certificate", "roster", "network", "coordinator"),
+        *("settings", "files", "disk", "device", "membership", "certificate", "roster"),
+        *("organisation", "network", "coordinator"),
         *("database", "ledger", "approvals", "data coding-terms", "model tiny", "daemon"),
     }
     assert "12 rows" in found["data coding-terms"].sentence
@@ -144,6 +145,19 @@ def test_software_that_is_not_installed(site: Site, monkeypatch: pytest.MonkeyPa
 def test_a_site_that_waits(site: Site) -> None:
     (site.home / "identity").rename(site.home / "joining")
     assert "waits to be approved" in site.amiss()["membership"]
+
+
+def test_a_stranger_under_the_organisation_s_name_is_shown_to_who_can_tell(site: Site, tmp_path: Path) -> None:
+    """Thresholds count an organisation's sites by what the roster says of each; nobody else knows this one's."""
+    assert site.findings()["organisation"].sentence == "No other site is listed as one of Organisation of north."
+    for name, org in (("south", "Organisation of north"), ("west", "Organisation of west")):
+        join_site(site.operator, tmp_path / name, name, site.clock, rows(), org=org)
+    newest = site.operator.registry.roster()
+    assert newest is not None
+    Membership(site.home).accept_roster(newest.to_bytes(), site.clock.now())
+    found = site.findings()
+    assert "Organisation of north, too: south; if one is not, tell" in found["organisation"].sentence
+    assert "with 3 sites of 2 organisations (up to 2 each) is good until" in found["roster"].sentence
 
 
 def test_certificates_and_rosters_that_end(site: Site) -> None:

@@ -52,6 +52,7 @@ def findings(path: Path, state: Path, clock: Clock, admission: Admission) -> Ite
     member = Membership(path)
     yield examine("certificate", lambda: _certificate(member, clock))
     yield examine("roster", lambda: _roster(member, clock))
+    yield examine("organisation", lambda: _organisation(member))
     address = home.settings.coordinator or member.token.link_address
     proxy = proxy_for(address, home.settings.proxy, os.environ)
     yield (network := examine("network", lambda: _reachable(address, proxy)))
@@ -137,6 +138,16 @@ def _roster(member: Membership, clock: Clock) -> str:
         raise LocalError(f"The roster lists {member.name} with another key than this site's; ask the operator.")
     what = f"Epoch {roster.epoch} with {roster.members}"
     return lasts(what, roster.not_after, clock.now(), soon_days=30, advice="the operator has to sign a new one")
+
+
+def _organisation(member: Membership) -> str:
+    """Whoever answers for the organisation knows which sites it has; nobody else can tell that one is not."""
+    roster = member.roster(now=0)
+    own = roster.site(member.name).org
+    kin = [site.name for site in roster.sites if site.org == own and site.name != member.name]
+    if not kin:
+        return f"No other site is listed as one of {own}."
+    return f"Listed as sites of {own}, too: {', '.join(kin)}; if one is not, tell whoever keeps the root key."
 
 
 # --- The coordinator, one step after the other ---
