@@ -64,7 +64,7 @@ netfaults: $(READY)
 # What only a machine with an NVIDIA card can show; the result goes to docs/results-gpu.md.
 .PHONY: gpu-check
 gpu-check: $(READY)
-	@$(BIN)/python benchmarks/gpu_check.py
+	@PYTHONPATH=tests $(BIN)/python benchmarks/gpu_check.py
 
 # The committed gRPC stubs, from the one .proto file.
 stubs: $(READY)

@@ -6,22 +6,47 @@ Exit code 2 and one sentence where there is no card; 1 when a check fails, which
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.util
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 
 import training_memory
-from foedus_common.tasks.memory import MODELS, estimate, shape_of
+from foedus_common.plan import AgreedPlan
+from foedus_common.tasks.memory import LENGTH, MODELS, estimate, shape_of
+from foedus_common.tasks.physical_batches import ON_CPU
+from foedus_common.tasks.text_classification import TextClassifier
+from privacy_audit.membership import rows_apart
+from privacy_audit.specimens import random_adapter
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results-gpu.md"
+
+ROWS = 256
+TOKENS = {"tokens_per_batch": ON_CPU}
+LIMIT = 1e-9
+"""Clips: sums of float64."""
+
+EVERY, THRIFTY = tuple(training_memory.SETTINGS), ("bfloat16, checkpointing", "4bit, checkpointing")
+MEASURED = [
+    ("MiniLM-L6", ("query", "value"), EVERY),
+    ("BERT base", ("query", "value"), EVERY),
+    ("BERT large", ("query", "value"), EVERY),
+    ("Llama 3.2 1B", ("q_proj", "v_proj"), THRIFTY),
+    ("Llama 3.1 8B", ("q_proj", "v_proj"), THRIFTY),
+]
+"""Model, targets, settings."""
 
 
 def checks(scratch: Path) -> list[tuple[str, str]]:
@@ -38,25 +63,54 @@ def checks(scratch: Path) -> list[tuple[str, str]]:
     return found
 
 
-def memory(scratch: Path) -> list[tuple[str, str, float, float]]:
-    """(model, setting, measured, computed) in MB: the most that torch had allocated in one DP-SGD step."""
-    found = []
-    for model in ("MiniLM-L6", "BERT base", "BERT large"):
-        folder = training_memory.write_model(scratch / model, MODELS[model])
-        for name, settings in training_memory.SETTINGS.items():
+class Measured(NamedTuple):
+    """measured, computed: bytes that torch had allocated at most in a step, and by the formula. rows_a_second: of
+    LENGTH tokens, in a step after the first. apart: how far a sum over rows is from what they give singly, in clips."""
+
+    model: str
+    setting: str
+    measured: float
+    computed: float
+    rows_a_second: float
+    apart: float
+
+
+def training(scratch: Path) -> Iterator[Measured]:
+    """What DP-SGD takes of the card, for models with random weights."""
+    for model, targets, chosen in MEASURED:
+        folder = training_memory.write_model(scratch / "model", MODELS[model], "cuda:0", torch.bfloat16)
+        for name in chosen:
+            settings = training_memory.SETTINGS[name]
             if settings.get("base_weights") == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
                 continue
+            found = measure(model, name, *training_memory.agree(folder, settings | TOKENS, "cuda:0", targets))
+            print(
+                f"{model}, {name}: {found.measured / 1e9:.2f} GB, {found.rows_a_second:,.0f} rows a second", flush=True
+            )
+            yield found
+            gc.collect()  # hooks and modules hold each other
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            training_memory.train_one_step(folder, settings | {"tokens_per_batch": 2048}, "cuda:0")
-            computed = estimate(shape_of(MODELS[model]), **training_memory.formula(settings), gpu=True).total
-            found.append((model, name, torch.cuda.max_memory_allocated() / 1e6, computed / 1e6))
-    return found
+        shutil.rmtree(folder)
 
 
-def page(found: list[tuple[str, str]], measured: list[tuple[str, str, float, float]]) -> str:
+def measure(model: str, setting: str, classifier: TextClassifier, agreed: AgreedPlan) -> Measured:
+    torch.cuda.reset_peak_memory_stats()
+    training_memory.train_one_step(classifier, agreed, ROWS)
+    most = torch.cuda.max_memory_allocated()
+    begun = time.perf_counter()
+    training_memory.train_one_step(classifier, agreed, ROWS)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begun
+    formula = training_memory.formula(training_memory.SETTINGS[setting])
+    computed = estimate(shape_of(MODELS[model]), **formula, gpu=True).total
+    some = [(" ".join(f"w{7 * row + word}" for word in range(1 + 3 * row)), "ab"[row % 2]) for row in range(20)]
+    apart = rows_apart(classifier, agreed, random_adapter(classifier, 0), some)
+    return Measured(model, setting, most, computed, ROWS / seconds, apart)
+
+
+def page(found: list[tuple[str, str]], measured: list[Measured]) -> str:
     card = torch.cuda.get_device_properties(0)
-    failed = sum(outcome == "failed" for _, outcome in found)
+    failed = sum(outcome == "failed" for _, outcome in found) + sum(not each.apart < LIMIT for each in measured)
     verdict = "All checks passed." if not failed else f"**{failed} checks failed.**"
     if skipped := sum(outcome.startswith("skipped") for _, outcome in found):
         verdict += f" {skipped} were skipped."
@@ -71,12 +125,18 @@ def page(found: list[tuple[str, str]], measured: list[tuple[str, str, float, flo
         "|---|---|",
         *(f"| {name} | {outcome} |" for name, outcome in found),
         "",
-        "Memory that torch had allocated at most, in one DP-SGD step on 48 rows of 128 tokens, 2,048 tokens at a time;",
-        "models with random weights. The formula is `foedus_common.tasks.memory`'s; CUDA's own share comes on top.",
+        f"One DP-SGD step on {ROWS} rows of {LENGTH} tokens, {ON_CPU:,} tokens at a time, models with random weights:",
+        "the memory that torch had allocated at most (the formula is `foedus_common.tasks.memory`'s; CUDA's own share",
+        "comes on top), the speed, and how far the clipped sum over 20 rows of many lengths is from what they give one",
+        "by one: what a row adds must not depend on the others.",
         "",
-        "| model | setting | measured, MB | computed, MB |",
-        "|---|---|---:|---:|",
-        *(f"| {model} | {name} | {most:.0f} | {computed:.0f} |" for model, name, most, computed in measured),
+        "| model | setting | measured, GB | computed, GB | rows a second | apart, clips |",
+        "|---|---|---:|---:|---:|---:|",
+        *(
+            f"| {each.model} | {each.setting} | {each.measured / 1e9:.2f} | {each.computed / 1e9:.2f} "
+            f"| {each.rows_a_second:,.0f} | {each.apart:.0e} |"
+            for each in measured
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -86,10 +146,10 @@ def main() -> int:
         print(f"This machine has no usable GPU, so nothing was checked and {PAGE.relative_to(ROOT)} is as it was.")
         return 2
     with tempfile.TemporaryDirectory() as scratch:
-        found, measured = checks(Path(scratch)), memory(Path(scratch))
+        found, measured = checks(Path(scratch)), list(training(Path(scratch)))
     PAGE.write_text(page(found, measured), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)} says what was found.")
-    return int(any(outcome == "failed" for _, outcome in found))
+    return int("checks failed" in PAGE.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

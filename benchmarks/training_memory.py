@@ -40,12 +40,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model(folder: Path, config: PretrainedConfig) -> Path:
+def write_model(
+    folder: Path, config: PretrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Path:
     words = {f"w{number}": number for number in range(1000)} | {"[PAD]": 1000, "[UNK]": 1001}
     tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder)
-    AutoModel.from_config(config).save_pretrained(folder)
+    with torch.device(device):
+        AutoModel.from_config(config, dtype=dtype).save_pretrained(folder)
     return folder
 
 
@@ -56,7 +59,10 @@ def formula(settings: dict[str, Any]) -> dict[str, Any]:
     return held | {"products": torch.bfloat16 if half else torch.float32}
 
 
-def train_one_step(folder: Path, settings: dict[str, Any], device: str = "cpu") -> None:
+def agree(
+    folder: Path, settings: dict[str, Any], device: str = "cpu", targets: tuple[str, ...] = ("query", "value")
+) -> tuple[TextClassifier, AgreedPlan]:
+    """The model under those settings, and a plan of one DP-SGD step on all rows."""
     plan = RunPlan(
         Run("training-memory", "A benchmark."),
         Model("random", manifest_sha256(folder)),
@@ -64,14 +70,17 @@ def train_one_step(folder: Path, settings: dict[str, Any], device: str = "cpu") 
         Task("text-classification", ("a", "b"), max_length=LENGTH),
         (Phase("adapter", rounds=1, learning_rate=1.0, steps=1, sampling_rate=1.0, budget_share=1.0),),
         Privacy(epsilon=8.0, delta=1e-5, divisor=ROWS),
-        Adapter(rank=RANK, targets=("query", "value")),
+        Adapter(rank=RANK, targets=targets),
     )
     classifier = TextClassifier.load(folder, plan, device, **settings)
     spec = classifier.spec
-    agreed = AgreedPlan(1, plan, (1.0,), (spec.parts("adapter"),), spec.digest().hex(), "0" * 64)
-    rows = [(" ".join(f"w{(row + word) % 1000}" for word in range(LENGTH)), "ab"[row % 2]) for row in range(ROWS)]
-    adapter = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in spec.tensors}
-    LocalTrainer(classifier, agreed, rows).train(adapter, schedule(plan)[0], os.urandom)
+    return classifier, AgreedPlan(1, plan, (1.0,), (spec.parts("adapter"),), spec.digest().hex(), "0" * 64)
+
+
+def train_one_step(classifier: TextClassifier, agreed: AgreedPlan, count: int = ROWS) -> None:
+    rows = [(" ".join(f"w{(row + word) % 1000}" for word in range(LENGTH)), "ab"[row % 2]) for row in range(count)]
+    adapter = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in classifier.spec.tensors}
+    LocalTrainer(classifier, agreed, rows).train(adapter, schedule(agreed.plan)[0], os.urandom)
 
 
 def of_a_process(folder: Path, settings: dict[str, Any]) -> float:
@@ -106,5 +115,5 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         raise SystemExit(not main())
     torch.set_num_threads(1)
-    train_one_step(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    train_one_step(*agree(Path(sys.argv[1]), json.loads(sys.argv[2])))
     print(memory("VmHWM"))

@@ -79,7 +79,7 @@ class ReferenceSum:
         if self._train == "head":
             return classifier.features(self._adapter, self._rows)[row : row + 1]
         classifier.load_factors(classifier.spec.with_vector(self._adapter, self._train, vector))
-        return classifier.pooled(*self._rows.inputs(np.array([row])))
+        return classifier.pooled(self._rows, np.array([row]))[:1]
 
 
 def tensor_slices(classifier: TextClassifier, train: str) -> dict[str, slice]:

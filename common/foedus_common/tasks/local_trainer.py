@@ -13,14 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from foedus_common.adapters import Tensors
 from foedus_common.errors import LocalError
-from foedus_common.plan import AgreedPlan, RoundPlan
+from foedus_common.plan import AgreedPlan, RoundPlan, schedule
 from foedus_common.randomness import RandomBytes
 from foedus_common.tasks.head import HEAD
 from foedus_common.tasks.per_example import PerExampleGradients
+from foedus_common.tasks.physical_batches import COMPANIONS
 from foedus_common.tasks.plain_training import plain_update
 from foedus_common.tasks.private_training import AdapterGradients, ClippedSum, HeadGradients, private_update
 from foedus_common.tasks.targets import blocks
-from foedus_common.tasks.text_classification import COMPANIONS, Progress, TextClassifier, no_progress
+from foedus_common.tasks.text_classification import Progress, TextClassifier, no_progress
 
 
 class LocalTrainer:
@@ -45,6 +46,8 @@ class LocalTrainer:
         self.rows = classifier.encode(rows)
         self._agreed = agreed
         self._progress = progress
+        if agreed.plan.privacy.unit == "record" and classifier.batches.one_shape:
+            self._try_shapes()
 
     def train(self, adapter: Tensors, round_plan: RoundPlan, random: RandomBytes) -> NDArray[np.float64]:
         """The update of one round from `adapter`, float64 (d,), laid out as the phase's trained vector.
@@ -64,6 +67,18 @@ class LocalTrainer:
             random,
             self._progress,
         )
+
+    def _try_shapes(self) -> None:
+        """Learn how much fits the device from rows that are nobody's: were it the site's own that did not fit, they
+        would decide in which shapes the others are computed."""
+        spec, stand_ins = self.classifier.spec, self.classifier.stand_ins()
+        nothing = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in spec.tensors}
+        for round_plan in schedule(self._agreed.plan):
+            if round_plan.settings.train == "adapter":
+                clip = self._agreed.plan.privacy.clip
+                gradients = AdapterGradients(self.classifier, nothing, stand_ins, clip, round_plan)
+                gradients(spec.vector(nothing, "adapter").astype(np.float64), np.arange(len(stand_ins)))
+                return
 
     def _clipped_sum(self, adapter: Tensors, round_plan: RoundPlan) -> ClippedSum:
         clip = self._agreed.plan.privacy.clip
@@ -99,7 +114,7 @@ def check_rows_apart(classifier: TextClassifier) -> None:
     with ExitStack() as watching:
         for name, module in places.items():
             watching.enter_context(module.register_forward_hook(_keep(name, passed)))
-        features = classifier.pooled(*_twins(classifier))
+        features = classifier.pooled_inputs(*_twins(classifier))
     direction = torch.linspace(-1, 1, features.shape[1], device=features.device)
     gradients = torch.autograd.grad(features[0] @ direction, list(passed.values()), allow_unused=True)
     after = ""
@@ -122,7 +137,7 @@ def check_layers(classifier: TextClassifier) -> None:
     used, not used again, not be out of the gradient's reach, and see one row per example."""
     names = [tensor.name for tensor in classifier.spec.trained("adapter") if tensor.name != HEAD]
     with PerExampleGradients({name: classifier.factors[name] for name in names}) as gradients:
-        features = classifier.pooled(*_twins(classifier))
+        features = classifier.pooled_inputs(*_twins(classifier))
         collected = gradients.backward(features, torch.ones_like(features))
     for name, of_each in collected.items():
         if len(of_each) != 2 + COMPANIONS:

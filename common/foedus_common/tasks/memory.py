@@ -11,7 +11,8 @@ bfloat16, else 4); k = 3 for gated layers (Llama's), else 1; and d numbers train
     kept          N L w (6 h + k m + a T) from the forward pass for the backward pass; with gradient checkpointing
                   N L 4 h and one layer's w (6 h + k m + a T). On GPUs attention is fused, and a T falls away
     in work       4 N w max(m, a T) for the layer that is computed
-    per example   12 d N / T under DP: each row's gradient in float32, and in float64 while it is clipped
+    per example   12 d N / T under DP: each row's gradient in float32, and in float64 while it is clipped. On GPUs
+                  batches are filled up, the shortest rows come first, and N / T becomes min(128, N / 8)
 
 and on CPUs kept and in work twice, for what glibc's allocator does not give back. What is kept was counted on BERT and
 Llama (a test does so again), the allocator's share measured (`benchmarks/training_memory.py`). Knows nothing of what
@@ -28,7 +29,8 @@ import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from foedus_common.tasks.encoder import BaseWeights
-from foedus_common.tasks.physical_batches import ON_CPU
+from foedus_common.tasks.physical_batches import MOST_ROWS, ON_CPU
+from foedus_common.tasks.rows import SHORTEST
 from foedus_common.tasks.targets import LINEAR, blocks
 
 RANK = 8
@@ -113,7 +115,7 @@ def estimate(
         weights=weights,
         kept=allocator * tokens * kept,
         in_work=allocator * 4 * tokens * wide * max(shape.intermediate, scores),
-        per_example=12 * trained * max(1, tokens // length),
+        per_example=12 * trained * (min(MOST_ROWS, tokens // SHORTEST) if gpu else max(1, tokens // length)),
     )
 
 

@@ -102,7 +102,7 @@ def _gradient_source(
     return lambda batch: (
         found
         for _, found in classifier.batches.each(
-            rows, batch, lambda part: shares(part, classifier.pooled(*rows.inputs(part)), batch)
+            rows, batch, lambda part: shares(part, classifier.pooled(rows, part)[: len(part)], batch)
         )
     )
 

@@ -1,13 +1,13 @@
 """Rows of text as token ids, in batches whose padding never depends on which other rows are in the batch.
 
-A row is padded behind its end, whatever side its tokenizer would take, to a multiple of four tokens of its own length.
-So what is computed for it does not change when another row joins or leaves the data (which the privacy proof supposes),
-a decoder never sees padding before text, and little is spent on it.
+A row is padded behind its end, whatever side its tokenizer would take, to a length that its own alone decides. So what
+is computed for it does not change when another row joins or leaves the data (which the privacy proof supposes), a
+decoder never sees padding before text, and little is spent on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,18 @@ PADDING = 0
 one that the model does not have."""
 
 _MULTIPLE = 4
+
+SHORTEST = 8
+"""Tokens to which rows are padded where few lengths are wanted."""
+
+
+def padded_lengths(lengths: NDArray[np.int64], limit: int, few: bool) -> NDArray[np.int64]:
+    """To how many tokens rows of so many are padded, int64 (n,): to a multiple of four, or where few lengths are wanted
+    (each takes a batch of its own) to a power of two from 8 on; never above the limit."""
+    if few:
+        powers = 2 ** np.ceil(np.log2(np.maximum(lengths, SHORTEST))).astype(np.int64)
+        return np.minimum(powers, limit)
+    return np.minimum(-(-lengths // _MULTIPLE) * _MULTIPLE, limit)
 
 
 @dataclass
@@ -44,11 +56,11 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batches(self, chosen: NDArray[np.int64], tokens: int) -> Iterator[NDArray[np.int64]]:
-        """The chosen rows' indices in groups of one padded length and at most `tokens` tokens, or of one row."""
+    def batches(self, chosen: NDArray[np.int64], most: Callable[[int], int]) -> Iterator[NDArray[np.int64]]:
+        """The chosen rows' indices in groups of one padded length, and of at most most(length) rows."""
         for length in np.unique(self.padded[chosen]):
             group = chosen[self.padded[chosen] == length]
-            size = max(1, tokens // int(length))
+            size = most(int(length))
             yield from (group[start : start + size] for start in range(0, len(group), size))
 
     def inputs(self, batch: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +75,14 @@ class EncodedRows:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
+def batches_of_each_length(limit: int, few: bool, rows: Callable[[int], int]) -> EncodedRows:
+    """Rows of one token and padding: for every length to which a row can be padded, rows(length) of them. Their label
+    is the first."""
+    lengths = np.unique(padded_lengths(np.arange(1, limit + 1), limit, few))
+    padded = np.repeat(lengths, [rows(int(length)) for length in lengths])
+    return EncodedRows([np.array([PADDING])] * len(padded), np.zeros(len(padded), np.int64), padded)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The folder's own tokenizer. Raises LocalError when it has none that needs no code of its own."""
     try:
@@ -71,7 +91,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise LocalError(f"The tokenizer in {folder} cannot be loaded; the folder needs a tokenizer.json.") from None
 
 
-def encode_rows(tokenizer: Any, task: Task, rows: Sequence[tuple[str, str | None]], known: int) -> EncodedRows:
+def encode_rows(
+    tokenizer: Any, task: Task, rows: Sequence[tuple[str, str | None]], known: int, few_lengths: bool = False
+) -> EncodedRows:
     """Tokenise (text, label) rows, cut to the task's max_length tokens; a label of None means that there is none.
 
     known: how many tokens the model has. Some tokenizers know more; such a token counts as the model's first, for a row
@@ -89,5 +111,4 @@ def encode_rows(tokenizer: Any, task: Task, rows: Sequence[tuple[str, str | None
     tokens = [np.array(row or [PADDING], np.int64) for row in ids]  # a row without any token still has a last one
     tokens = [np.where(row < known, row, 0) for row in tokens]
     lengths = np.array([len(row) for row in tokens], np.int64)
-    padded = np.minimum(-(-lengths // _MULTIPLE) * _MULTIPLE, task.max_length)
-    return EncodedRows(tokens, labels, padded)
+    return EncodedRows(tokens, labels, padded_lengths(lengths, task.max_length, few_lengths))

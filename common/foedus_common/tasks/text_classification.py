@@ -23,8 +23,8 @@ from foedus_common.errors import LocalError
 from foedus_common.plan import RunPlan, Task
 from foedus_common.tasks.encoder import BaseWeights, factors, load_encoder, recompute_blocks, spec_of
 from foedus_common.tasks.head import CONSTANT, HEAD
-from foedus_common.tasks.physical_batches import ON_CPU, ON_GPU, PhysicalBatches
-from foedus_common.tasks.rows import EncodedRows, encode_rows, load_tokenizer
+from foedus_common.tasks.physical_batches import COMPANIONS, ON_CPU, ON_GPU, PhysicalBatches
+from foedus_common.tasks.rows import EncodedRows, batches_of_each_length, encode_rows, load_tokenizer
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): how far a long computation is; what is "features" or "steps"."""
@@ -34,10 +34,6 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 def no_progress(what: str, done: int, total: int) -> None:
     """For callers that do not look."""
-
-
-COMPANIONS = 1
-"""Rows that go through the encoder in every batch and are dropped: see `_with_companion`."""
 
 
 class TextClassifier:
@@ -85,12 +81,20 @@ class TextClassifier:
         encoder = load_encoder(folder, plan, place, base_weights, products)
         if gradient_checkpointing:
             recompute_blocks(encoder)
-        batches = PhysicalBatches(tokens_per_batch or (ON_CPU if place.type == "cpu" else ON_GPU))
+        on_gpu = place.type != "cpu"
+        batches = PhysicalBatches(
+            tokens_per_batch or (ON_GPU if on_gpu else ON_CPU), one_shape=on_gpu and plan.privacy.unit == "record"
+        )
         return cls(encoder, load_tokenizer(folder), plan.task, spec_of(encoder, plan), products, batches)
 
     def encode(self, rows: Sequence[tuple[str, str | None]]) -> EncodedRows:
         """(text, label) rows ready for this model; see `encode_rows`."""
-        return encode_rows(self._tokenizer, self._task, rows, self.encoder.get_input_embeddings().num_embeddings)
+        known = self.encoder.get_input_embeddings().num_embeddings
+        return encode_rows(self._tokenizer, self._task, rows, known, few_lengths=self.batches.one_shape)
+
+    def stand_ins(self) -> EncodedRows:
+        """Rows that are nobody's, a whole batch of every length that this model's rows can have."""
+        return batches_of_each_length(self._task.max_length, self.batches.one_shape, self.batches.rows)
 
     def load_factors(self, tensors: Tensors) -> None:
         """Put an adapter's factors (all its tensors but the head) into the encoder."""
@@ -98,9 +102,15 @@ class TextClassifier:
             for name, module in self.factors.items():
                 module.weight.copy_(torch.from_numpy(tensors[name]))
 
-    def pooled(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Features (n, hidden size + 1) of token ids and attention mask (n, length), with their graph if it is kept."""
-        ids, mask = (part.to(self.device) for part in _with_companion(ids, mask))
+    def pooled(self, rows: EncodedRows, batch: NDArray[np.int64]) -> torch.Tensor:
+        """Features (n + companions, hidden size + 1) of one physical batch of n rows, which come first, with their
+        graph if it is kept."""
+        ids, mask = rows.inputs(batch)
+        return self.pooled_inputs(ids, mask, self.batches.companions(*ids.shape))
+
+    def pooled_inputs(self, ids: torch.Tensor, mask: torch.Tensor, companions: int = COMPANIONS) -> torch.Tensor:
+        """The same of token ids and attention mask, both (n, length)."""
+        ids, mask = (part.to(self.device) for part in _accompanied(ids, mask, companions))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -111,7 +121,7 @@ class TextClassifier:
         else:
             weights = mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        unit = torch.nn.functional.normalize(pooled[:-COMPANIONS], dim=1)
+        unit = torch.nn.functional.normalize(pooled, dim=1)
         return torch.cat([unit, unit.new_full((len(unit), 1), CONSTANT)], dim=1)
 
     def features(self, adapter: Tensors, rows: EncodedRows, progress: Progress = no_progress) -> torch.Tensor:
@@ -124,10 +134,8 @@ class TextClassifier:
             done = 0
             with torch.no_grad():
                 everything = np.arange(len(rows))
-                for batch, pooled in self.batches.each(
-                    rows, everything, lambda batch: self.pooled(*rows.inputs(batch))
-                ):
-                    result[torch.from_numpy(batch)] = pooled.to(result.dtype)
+                for batch, pooled in self.batches.each(rows, everything, lambda batch: self.pooled(rows, batch)):
+                    result[torch.from_numpy(batch)] = pooled[: len(batch)].to(result.dtype)
                     done += len(batch)
                     progress("features", done, len(rows))
             rows.features = {key: result}
@@ -150,16 +158,17 @@ class TextClassifier:
         return state.digest()
 
 
-def _with_companion(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch and one more row, of one token and padding.
+def _accompanied(ids: torch.Tensor, mask: torch.Tensor, companions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch and so many rows more, at least one, of one token and padding.
 
     A batch without any padding takes another path through attention, rounded otherwise, and so may one of a single row.
     Then a row that joins a batch would change what is computed for the others, and move a sum of clipped gradients by
     more than the clip: by up to 2 % of it for each of them in bfloat16 (MiniLM, Zen 4).
     """
-    row, seen = torch.zeros_like(ids[:1]), torch.zeros_like(mask[:1])
+    rows = ids.new_zeros(companions, ids.shape[1])
+    seen = torch.zeros_like(rows)
     seen[:, 0] = 1
-    return torch.cat([ids, row]), torch.cat([mask, seen])
+    return torch.cat([ids, rows]), torch.cat([mask, seen])
 
 
 def choose_device(device: str) -> torch.device:

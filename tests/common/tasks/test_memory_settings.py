@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from foedus_common.errors import LocalError
 from foedus_common.plan import schedule
-from foedus_common.tasks.encoder import spec_of
+from foedus_common.tasks.encoder import recompute_blocks, spec_of
 from foedus_common.tasks.local_trainer import LocalTrainer, check_spec
-from foedus_common.tasks.physical_batches import ON_CPU, PhysicalBatches
+from foedus_common.tasks.physical_batches import MOST_ROWS, ON_CPU, PhysicalBatches
+from foedus_common.tasks.private_training import AdapterGradients
+from foedus_common.tasks.rows import EncodedRows, padded_lengths
 from foedus_common.tasks.text_classification import TextClassifier
+from privacy_audit.specimens import random_adapter
 from seeded import seeded
 from tiny_families import FAMILIES, Family, write_family
 from tiny_model import rows, tiny_agreed, without_dp, write_tiny_model
@@ -43,9 +48,8 @@ def trained(folder: Path, privacy: str, changes: dict[str, Any] | None = None, *
     """The update of an adapter round, with the same randomness every time."""
     agreed = tiny_agreed(folder, **(PRIVACY[privacy] | (changes or {})))
     classifier = TextClassifier.load(folder, agreed.plan, **({"dtype": "float32"} | settings))
-    trainer, random = LocalTrainer(classifier, agreed, rows(30)), np.random.default_rng(0)
-    adapter = {t.name: (0.3 * random.normal(size=t.shape)).astype(np.float32) for t in classifier.spec.tensors}
-    return trainer.train(adapter, schedule(agreed.plan)[-1], seeded("round"))
+    trainer = LocalTrainer(classifier, agreed, rows(30))
+    return trainer.train(random_adapter(classifier, 0), schedule(agreed.plan)[-1], seeded("round"))
 
 
 # --- Gradient checkpointing ---
@@ -78,7 +82,7 @@ def kept_bytes(classifier: TextClassifier) -> int:
     for module in classifier.factors.values():
         module.weight.requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        features = classifier.pooled(ids, torch.ones_like(ids))
+        features = classifier.pooled_inputs(ids, torch.ones_like(ids))
     assert features.requires_grad
     return sum(kept.values())
 
@@ -101,9 +105,9 @@ class SmallDevice:
     def __init__(self, classifier: TextClassifier, tokens: int) -> None:
         self.pooled, self.tokens, self.failed = classifier.pooled, tokens, 0
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        features = self.pooled(ids, mask)
-        if ids.numel() > self.tokens:  # after hooks have run and tensors are kept, as in life
+    def __call__(self, rows: EncodedRows, batch: np.ndarray) -> torch.Tensor:
+        features = self.pooled(rows, batch)
+        if len(batch) * int(rows.padded[batch[0]]) > self.tokens:  # after hooks have run, as in life
             self.failed += 1
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return features
@@ -164,6 +168,90 @@ def test_the_device_or_the_site_says_how_many_tokens(model: Path) -> None:
     assert TextClassifier.load(model, plan, "cpu", tokens_per_batch=64).batches.tokens == 64
 
 
+# --- One shape, as on GPUs ---
+
+
+def in_one_shape(folder: Path, tokens: int) -> TextClassifier:
+    classifier = TextClassifier.load(folder, tiny_agreed(folder).plan, "cpu", "float32")
+    classifier.batches = PhysicalBatches(tokens, one_shape=True)
+    return classifier
+
+
+@pytest.mark.parametrize("phase", [0, -1], ids=["head", "adapter"])
+def test_every_batch_of_a_length_has_the_same_shape(model: Path, phase: int) -> None:
+    agreed, classifier = tiny_agreed(model), in_one_shape(model, 64)
+    trainer = LocalTrainer(classifier, agreed, rows(60))
+    seen: set[tuple[int, ...]] = set()
+    embeddings = classifier.encoder.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: seen.add(tuple(inputs[0].shape)))
+    trainer.train(random_adapter(classifier, 0), schedule(agreed.plan)[phase], seeded("round"))
+    assert seen == {(64 // length + 1, length) for length in set(trainer.rows.padded)}
+    assert classifier.batches.rows(8) == 8
+    assert PhysicalBatches(1 << 20, one_shape=True).rows(8) == MOST_ROWS
+
+
+class Shapes(TorchDispatchMode):
+    """Every operation on numbers that are rounded, in its order, and the shapes of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
+        if any(part.is_floating_point() for part in given):
+            self.seen.append((str(function), tuple(tuple(part.shape) for part in given)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_operation_can_tell_how_many_rows_are_not_companions(model: Path, checkpointing: bool) -> None:
+    """From token ids to each row's gradients, forth and back: shapes choose kernels, and the order of sums."""
+    agreed, classifier = tiny_agreed(model), in_one_shape(model, 64)
+    if checkpointing:
+        recompute_blocks(classifier.encoder)
+    round_plan, adapter = schedule(agreed.plan)[-1], random_adapter(classifier, 0)
+    gradients = AdapterGradients(classifier, adapter, classifier.encode([("eye", "Eye")] * 8), 1.0, round_plan)
+    head = torch.from_numpy(adapter["head.weight"].astype(np.float64))
+    found = []
+    for count in (1, 5, 8):
+        with Shapes() as shapes:
+            gradients._of_each(np.arange(count), head)
+        found.append(shapes.seen)
+    assert len(found[0]) > 100
+    assert found[0] == found[1] == found[2]
+
+
+def test_rows_that_fill_a_batch_up_change_nothing(model: Path) -> None:
+    agreed, updates = tiny_agreed(model), []
+    for classifier in (TextClassifier.load(model, agreed.plan, "cpu", "float32"), in_one_shape(model, 256)):
+        trainer = LocalTrainer(classifier, agreed, rows(60))
+        updates.append(trainer.train(random_adapter(classifier, 0), schedule(agreed.plan)[-1], seeded("round")))
+    np.testing.assert_allclose(updates[1], updates[0], atol=1e-4)
+
+
+def test_rows_that_are_nobody_s_find_out_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = in_one_shape(model, 256)
+    pooled = classifier.pooled
+
+    def on_a_small_device(rows: EncodedRows, batch: np.ndarray) -> torch.Tensor:
+        if classifier.batches.tokens > 64:
+            raise torch.OutOfMemoryError
+        return pooled(rows, batch)
+
+    monkeypatch.setattr(classifier, "pooled", on_a_small_device)
+    LocalTrainer(classifier, tiny_agreed(model), [])
+    assert classifier.batches.tokens == 64
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_row_is_padded_to_a_length_that_its_own_decides(few: bool) -> None:
+    lengths = np.arange(1, 200)
+    padded = padded_lengths(lengths, 150, few)
+    assert (padded >= np.minimum(lengths, 150)).all()
+    assert sorted(set(padded)) == ([8, 16, 32, 64, 128, 150] if few else [*range(4, 150, 4), 150])
+
+
 # --- How the base is held ---
 
 
@@ -193,8 +281,7 @@ def test_a_base_in_four_bits_is_the_same_adapter_and_keeps_the_clip(
     assert any(type(module).__name__ == "Linear4bit" for module in classifier.encoder.modules())
     assert spec_of(classifier.encoder, agreed.plan).digest().hex() == agreed.spec_sha256
     check_spec(classifier, agreed)
-    random = np.random.default_rng(0)
-    adapter = {t.name: (0.3 * random.normal(size=t.shape)).astype(np.float32) for t in classifier.spec.tensors}
+    adapter = random_adapter(classifier, 0)
     classifier.features(adapter, classifier.encode(rows(3)))  # without a graph; training must still get its gradients
     sums = LocalTrainer(classifier, agreed, rows(12))._clipped_sum(adapter, schedule(agreed.plan)[2])
     vector = classifier.spec.vector(adapter, "adapter").astype(np.float64)
@@ -204,6 +291,7 @@ def test_a_base_in_four_bits_is_the_same_adapter_and_keeps_the_clip(
 
 
 @needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore:inner dimension .* is not aligned for fast kernel:UserWarning")
 def test_a_base_in_four_bits_learns(model: Path) -> None:
     update = trained(model, "plain", base_weights="4bit")
     assert np.isfinite(update).all()

@@ -83,7 +83,7 @@ def test_one_batch_of_sgd_is_the_mean_gradient(model: Path) -> None:
     names = [t.name for t in spec.trained("adapter")][1:]
     weights = [classifier.factors[name].weight.requires_grad_(True) for name in names]
     head = torch.tensor(adapter[HEAD], requires_grad=True)
-    features = torch.cat([classifier.pooled(*trainer.rows.inputs(np.array([row]))) for row in range(9)])
+    features = torch.cat([classifier.pooled(trainer.rows, np.array([row]))[:1] for row in range(9)])
     loss = torch.nn.functional.cross_entropy(features @ head.T, torch.from_numpy(trainer.rows.labels))
     of_head, *of_weights = torch.autograd.grad(loss, [head, *weights])
     expected = np.concatenate([0.5 * of_head.numpy().ravel(), *(0.001 * g.numpy().ravel() for g in of_weights)])

@@ -29,6 +29,7 @@ from foedus_common.tasks.private_training import (
     poisson_sample,
     private_update,
 )
+from foedus_common.tasks.rows import EncodedRows
 from foedus_common.tasks.text_classification import TextClassifier, no_progress
 from foedus_common.terms import field_layout
 from privacy_audit.reference import ReferenceSum
@@ -281,9 +282,9 @@ def test_the_adapter_changes_at_every_step(
     seen: list[torch.Tensor] = []
     pooled = classifier.pooled
 
-    def watched(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def watched(rows: EncodedRows, batch: np.ndarray) -> torch.Tensor:
         seen.append(torch.cat([m.weight.flatten().clone() for n, m in classifier.factors.items() if "lora_B" in n]))
-        return pooled(ids, mask)
+        return pooled(rows, batch)
 
     monkeypatch.setattr(classifier, "pooled", watched)
     every_row = dataclasses.replace(

@@ -74,8 +74,8 @@ def test_rows_are_kept_apart_where_only_a_head_is_trained(model: Path) -> None:
     agreed = tiny_agreed(model, phase=[tiny_phase()])
     classifier = TextClassifier.load(model, agreed.plan, dtype="float32")
     check_spec(classifier, agreed)
-    pooled = classifier.pooled
-    classifier.pooled = lambda ids, mask: pooled(ids, mask) - pooled(ids, mask).mean(dim=0)  # type: ignore[method-assign]
+    apart = classifier.pooled_inputs
+    classifier.pooled_inputs = lambda ids, mask: apart(ids, mask) - apart(ids, mask).mean(dim=0)  # type: ignore[method-assign]
     with pytest.raises(LocalError, match=r"mixes rows after base_model\.model\.encoder\.layer\.1;"):
         check_spec(classifier, agreed)
 
