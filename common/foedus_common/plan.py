@@ -41,6 +41,8 @@ LEAST, MOST = 1e-30, 1e30
 smaller clip would let gradients through unclipped, for their squared norms would be zero (docs/decisions/0032)."""
 MAX_DIVISOR = 1 << 36
 """Rows; a sum of clipped gradients of so many still fits the noise's grid."""
+LEAST_DELTA = 1e-11
+"""That accounting can tell from nothing; whoever is to judge a plan must get an epsilon for it."""
 MAX_TEXT = 1000
 """Characters of a text that people read: a purpose, a name, a label."""
 
@@ -244,8 +246,8 @@ def _texts(plan: RunPlan) -> Iterator[tuple[str, str]]:
 def _privacy_problems(privacy: Privacy) -> Iterator[str]:
     if privacy.epsilon is None or not 0 < privacy.epsilon <= 100:
         yield "needs [privacy] epsilon above 0 and at most 100."
-    if privacy.delta is None or not 0 < privacy.delta <= 1e-3:
-        yield "needs [privacy] delta above 0 and at most 0.001."
+    if privacy.delta is None or not LEAST_DELTA <= privacy.delta <= 1e-3:
+        yield f"needs [privacy] delta between {LEAST_DELTA:g} and 0.001."
     if privacy.unit == "record" and not 1 <= (privacy.divisor or 0) <= MAX_DIVISOR:
         yield f"needs [privacy] divisor: a public number of rows by which every site divides, 1 to {MAX_DIVISOR}."
     if privacy.unit == "site" and privacy.divisor is not None:

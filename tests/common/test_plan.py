@@ -44,6 +44,7 @@ def test_the_digest_is_pinned():
         ({"phase__0__steps": None}, "needs steps"),
         ({"phase__0__decay": "linaer"}, "did you mean 'linear'"),
         ({"privacy__epsilon": "eight"}, "must be a number"),
+        ({"privacy__delta": 1e-13}, "delta between 1e-11 and 0.001"),
         ({"privacy__divisor": None}, "divisor"),
         ({"privacy__divisor": 10**11}, "divides, 1 to 68719476736"),
         ({"privacy__clip": 1e-250, "phase__0__learning_rate": 1e9}, "clip between 1e-30 and 1e+30"),

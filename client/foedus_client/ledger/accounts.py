@@ -15,15 +15,13 @@ from typing import Any, Literal
 from foedus_common.clock import DAY
 from foedus_common.errors import LocalError
 from foedus_common.journal import Entry
-from foedus_common.plan import AgreedPlan
+from foedus_common.plan import LEAST_DELTA, AgreedPlan
 from foedus_common.privacy import accounting
 from foedus_common.privacy.accounting import Curve, GaussianSteps
 
 RARELY = 1e-3
 """What a plan may spend at delta it may spend three times, and one more, at this part of delta. Else it could draw rows
 so rarely that showing them plainly is within delta, and call that an epsilon of 0 (docs/privacy.md)."""
-LEAST_DELTA = 1e-11
-"""That the accounting can tell from nothing."""
 
 
 def rare_delta(delta: float) -> float:

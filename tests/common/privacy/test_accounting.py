@@ -250,3 +250,4 @@ def test_the_demo_s_numbers_are_those_of_the_documents() -> None:
     kept, wanted = rdp(made)[index], rdp(asked)[index]
     assert (ORDERS[index], round(room, 2), round(wanted, 2), round(kept, 2)) == (3, 11.20, 4.16, 3.53)
     assert kept + wanted < room < 2 * kept + wanted
+    assert round(epsilon_of_rdp(rdp(asked), DELTA), 2) == 8.96
