@@ -56,7 +56,7 @@ nightly: $(READY)
 costs: $(READY)
 	$(BIN)/python benchmarks/costs.py
 
-# Delays, stalls, cuts, half-open connections and partitions at each stage of a round: about four minutes.
+# Delays, stalls, cuts, half-open connections and partitions at each stage of a round: about five minutes.
 .PHONY: netfaults
 netfaults: $(READY)
 	@PYTHONPATH=tests:tests/cluster $(BIN)/python tests/cluster/netfaults/table.py
