@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -102,6 +103,8 @@ class _Conductor:
         self.agreed: AgreedPlan = self._signed_plan.verify(self._roster.plan_key)
         self._spec: AdapterSpec = parse_spec(run.spec)
         self._proposed: dict[str, str] = {}
+        self._failures: Counter[str] = Counter()
+        self._again: dict[str, float] = {}
         self._willing: set[str] = set()
         self._heads: dict[str, str] = {}
         self._presence = Presence(grid, coordinator.clock)
@@ -116,12 +119,12 @@ class _Conductor:
         is taken up again needs no decisions: the others may take absent_seconds to come back, once enough are there.
         """
         runs, plan, clock = self._coordinator.store.runs, self.agreed.plan, self._coordinator.clock
-        self._show()
+        self._show(self._roster.public_keys)
         began = clock.monotonic()
         resumed = runs.run(self._run_id).state == "running"
         to_decide = plan.run.approval_hours * 3600
         to_come_back = self._coordinator.patience.absent_seconds if resumed else to_decide
-        while self._proposed:
+        while self._proposed or self._again:
             self._check_stopped()
             self._take_decisions()
             enough = not self._shortfall(self._members())
@@ -139,9 +142,9 @@ class _Conductor:
     def _shortfall(self, sites: Collection[str]) -> str:
         return shortfall(sites, self.agreed, self._roster)
 
-    def _show(self) -> None:
+    def _show(self, sites: Collection[str]) -> None:
         roster = self._coordinator.objects.put(self._signed_roster.to_bytes())
-        names = sorted(self._roster.public_keys)
+        names = sorted(sites)
         self._grid.allow(roster, names)
         self._grid.allow(self._current_adapter(), names)  # a site may be waiting for it since before a restart
         proposal = m.Propose(
@@ -157,17 +160,35 @@ class _Conductor:
 
     def _take_decisions(self) -> None:
         """Who has decided since the last look."""
+        self._show_again()
         for reply in self._grid.pull_messages(list(self._proposed)):
             site = self._proposed.pop(reply.metadata.reply_to_message_id)
             self._willing.discard(site)
             if reply.has_error():
-                logger.warning("%s's program failed on the proposal; its own log says why", site)
+                self._note_failure(site)
                 continue
             try:
                 if self._is_willing(site, body_of(reply)):
                     self._willing.add(site)
             except RemoteError as error:
                 logger.warning("%s answered the proposal wrongly: %s", site, error)
+
+    def _note_failure(self, site: str) -> None:
+        """That is no decision, and what kept the site from one, a full disk, may pass. As with a round, it is asked
+        again after growing pauses, about a minute in all."""
+        self._failures[site] += 1
+        again = self._failures[site] < ATTEMPTS
+        then = "and it is asked again" if again else "and it is left out"
+        logger.warning("%s's program failed on the proposal; its own log says why, %s", site, then)
+        if again:
+            pause = self._coordinator.patience.retry_seconds * 2 ** (self._failures[site] - 1)
+            self._again[site] = self._coordinator.clock.monotonic() + pause
+
+    def _show_again(self) -> None:
+        now = self._coordinator.clock.monotonic()
+        if due := [site for site, at in self._again.items() if at <= now]:
+            self._again = {site: at for site, at in self._again.items() if at > now}
+            self._show(due)
 
     def _is_willing(self, site: str, body: bytes) -> bool:
         envelope = wire.parse_envelope(body)
@@ -326,7 +347,8 @@ class _Conductor:
         if roster.epoch == self._roster.epoch:
             return
         self._signed_roster, self._roster = signed, roster
-        self._show()
+        self._again.clear()
+        self._show(roster.public_keys)
 
     def tell_end(self, end: m.End) -> None:
         """Best effort: a site that is away for long, or whose disk stays full, keeps what it had set aside until it

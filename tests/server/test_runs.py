@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,36 @@ class LateHeads(Grid):
     def wait(self, timeout: float) -> None:
         self._late.clear()
         super().wait(timeout)
+
+
+class Candid(Grid):
+    """A site whose program fails says so, as over the link."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return InProcessGrid.pull_messages(self, message_ids)
+
+
+@pytest.mark.parametrize(("failures", "takes_part"), [(5, True), (6, False)])
+def test_a_site_whose_program_fails_on_the_proposal_is_asked_again_for_a_while(
+    consortium: Make, failures: int, takes_part: bool
+) -> None:
+    """Its disk is full for a minute, or for longer."""
+    four, asked = consortium(), []
+    four.submit(plan_of(rounds=1))
+    four.connect(Candid(7, four.objects, four.clock))
+
+    def fail(site: str, message: Message) -> None:
+        if (site, message.metadata.message_type) == ("west", "query.propose"):
+            asked.append(four.clock.monotonic())
+            if len(asked) <= failures:
+                raise LocalError("The disk is full.")
+
+    four.grid.fault = fail
+    assert four.conduct() == "finished"
+    assert four.survivors == [tuple(sorted(NAMES if takes_part else NAMES[:3]))]
+    assert len(asked) == 6
+    pauses = [later - earlier for earlier, later in pairwise(asked)]
+    assert all(longer > 1.5 * pause for pause, longer in pairwise(pauses))
 
 
 def test_heads_that_come_late_are_awaited(consortium: Make) -> None:
