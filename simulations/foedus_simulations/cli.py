@@ -58,6 +58,8 @@ def simulate(
     rows = read_table(data, text, label, partition_by)
     held = None if held_out is None else read_table(held_out, text, label)
     study = set_up(read, rows, held, partition_by, sites, seed, wanted)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)  # before hours of rounds, not after them
     found = played(study, plan, model)
     if report is not None:
         write(found, report)
@@ -264,7 +266,6 @@ def tell(what: str) -> None:
 
 
 def write(report: reports.Report, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     reports.write_json(report, folder / "report.json")
     reports.write_rounds(report, folder / "rounds.csv")
     write_page(report, folder / "report.html")

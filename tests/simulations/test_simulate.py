@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from foedus_common.errors import LocalError
 from foedus_common.model_folder import manifest_sha256
+from foedus_simulations import cli as simulation
 from foedus_simulations.cli import set_up, simulate, site_names
 from foedus_simulations.corpora import Row
 from plans import TABLE, plan_table
@@ -187,6 +188,14 @@ def test_what_cannot_be_simulated_is_said_in_one_sentence(
 def test_another_model_than_the_plans_is_refused(usual: dict[str, str], model: Path, tmp_path: Path) -> None:
     other = write_plan(tmp_path / "plan.toml", model, model__sha256="0" * 64)
     assert re.search("but the plan asks for 000000000000", str(run(usual | {"": str(other)}).exception))
+
+
+def test_a_report_that_cannot_be_written_stops_it_before_the_first_round(
+    usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulation, "played", lambda *_: pytest.fail("the rounds were played"))
+    result = run(usual | {"--report": usual["--data"]})
+    assert isinstance(result.exception, FileExistsError), result.exception  # `terminal.run` makes a sentence of it
 
 
 # --- Which rows do what ---

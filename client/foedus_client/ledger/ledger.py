@@ -1,10 +1,10 @@
 """The privacy ledger: reserved before data is opened, never refunded once released.
 
 A run is reserved whole when it is approved, and the approval itself is an entry: who, when, for what, how much, until
-when. Each training of a round is a charge of its own: reserved (on disk) before
-data is opened, released in the same transaction that puts the vector into the outbox, committed when the coordinator
-acknowledges it. Closing a run returns what was never released; what may have been sent counts as spent. Entries are
-hash-chained and signed by the site. What they amount to is for `accounts`; knows no SQL, and caps are arguments.
+when. Each training of a round is a charge of its own: reserved (on disk) before data is opened, released in the same
+transaction that puts the vector into the outbox, committed when the coordinator acknowledges it. Closing a run returns
+what was never released; what may have been sent counts as spent. Entries are hash-chained and signed by the site. What
+they amount to is for `accounts`; knows no SQL, and caps are arguments.
 """
 
 from __future__ import annotations

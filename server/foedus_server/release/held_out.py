@@ -41,7 +41,8 @@ def held_out_rows(path: Path, text: str, label: str) -> list[tuple[str, str]]:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
+    """Names of other columns are given only where one is close: a file without a header begins with data."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; its columns are {', '.join(known)}." if known else "; it is empty."
+    return f"; its first line names {len(known)} other columns." if known else "; it is empty."

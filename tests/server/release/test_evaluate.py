@@ -104,7 +104,7 @@ def test_a_score_survives_its_line_and_knows_its_error() -> None:
         ("", "has no column 'note'; it is empty."),
         ("note,chapter\n", "has no rows below its header"),
         ("notes,chapter\na,Eye\n", "has no column 'note'; did you mean 'notes'?"),
-        ("x,chapter\na,Eye\n", "has no column 'note'; its columns are x, chapter."),
+        ("x,chapter\na,Eye\n", "has no column 'note'; its first line names 2 other columns."),
         ("note,chapter\na,Eye\n,Ear\n", "Row 2 of "),
         ("note,chapter\na\n", "has an empty 'note' or 'chapter'"),
         (b"note,chapter\n\xff\xfe,Eye\n", "cannot be read as CSV"),
