@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 # For torch, here and in child processes: on models this small, threads wait for one another longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+# A shell that runs the tests in the background, or a CI, may have them ignore Ctrl-C, and with them what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Our programs sync what they write, and that no test can see: files are in memory, where there is room.
 MEMORY = Path("/dev/shm")
