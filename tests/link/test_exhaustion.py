@@ -218,6 +218,14 @@ def test_who_is_not_admitted_is_told_so_before_anything_of_his_is_read(
         assert code_of(silent_call(channel, f"Link/{method}", silence)) is grpc.StatusCode.PERMISSION_DENIED
 
 
+def test_an_upload_in_which_nothing_moves_is_not_waited_for(federation: Federation, silence: Silence) -> None:
+    federation.timing = Timing(progress=0.1)
+    federation.coordinator()
+    with ExitStack() as stack:
+        channel = channel_of(federation, stack, federation.address, federation.tls_of("alpha"))
+        assert code_of(silent_call(channel, "Link/Push", silence)) is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 def test_one_site_has_so_many_calls_open_over_all_its_connections(
     federation: Federation, silence: Silence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
