@@ -16,6 +16,7 @@ from foedus_simulations.charts import Level, Mark, Series
 from foedus_simulations.reports import Report, duration, percent, size, spent, tiny
 
 WIDE, HALF = 760, 370
+UNBROKEN = "\N{NO-BREAK SPACE}"
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -109,7 +110,7 @@ def _opening(report: Report) -> str:
 def _key_figures(report: Report) -> Iterator[tuple[str, str, str]]:
     """(value, words, style) of the figures that stand at the top."""
     error = _points(report.standard_error(report.accuracy_together))
-    yield percent(report.accuracy_together), f"right together, ± {error} points", "main"
+    yield percent(report.accuracy_together), f"right together, ±{UNBROKEN}{error} points", "main"
     if report.mean_alone is not None:
         yield percent(report.mean_alone), "right alone, on average", ""
     if report.delta is None:
@@ -118,7 +119,7 @@ def _key_figures(report: Report) -> Iterator[tuple[str, str, str]]:
         local = ("local", max(site.epsilon or 0.0 for site in report.sites))
         central = ("central", max(site.epsilon_central or 0.0 for site in report.sites))
         (view, most), (other, also) = (central, local) if report.bound_by_central else (local, central)
-        budget = f"budget {report.epsilon_budget:g}, δ {tiny(report.delta)}"
+        budget = f"budget {report.epsilon_budget:g}, δ{UNBROKEN}{tiny(report.delta)}"
         yield f"ε {most:.2f}", f"{view}, per {report.unit}, at most; {also:.2f} {other}; {budget}", ""
     yield duration(report.seconds_total), f"in all, {len(report.rounds)} rounds", ""
 
@@ -249,7 +250,7 @@ def _time(report: Report) -> str:
 def _examples(report: Report) -> str:
     def row(example: Example) -> str:
         right = example.predicted == example.label
-        said = f"{escape(example.predicted)}\N{NO-BREAK SPACE}{'✓' if right else '✗'}"
+        said = f"{escape(example.predicted)}{UNBROKEN}{'✓' if right else '✗'}"
         return (
             f"<tr><td>{escape(example.text)}</td><td>{escape(example.label)}</td>"
             f'<td class="{"right" if right else "wrong"}">{said}</td>'
