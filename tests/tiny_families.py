@@ -26,7 +26,7 @@ class Family:
 PAD, UNKNOWN, BEGIN, END = range(4)
 
 _BERT = {"num_hidden_layers": DEPTH, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
-_LLAMA = _BERT | {"num_key_value_heads": 1, "head_dim": HIDDEN // 2, "pad_token_id": None}
+LLAMA = _BERT | {"num_key_value_heads": 1, "head_dim": HIDDEN // 2, "pad_token_id": None}
 
 FAMILIES = [
     Family("bert", _BERT, "query", 6),
@@ -40,11 +40,11 @@ FAMILIES = [
     Family(
         "opt", _BERT | {"ffn_dim": 32, "word_embed_proj_dim": HIDDEN, "pad_token_id": PAD}, "q_proj", 6, decoder=True
     ),
-    Family("llama", _LLAMA, "q_proj", 7, decoder=True),
-    Family("mistral", _LLAMA, "q_proj", 7, decoder=True),
-    Family("qwen2", _LLAMA, "q_proj", 7, decoder=True),
-    Family("qwen3", _LLAMA, "q_proj", 7, decoder=True),
-    Family("gemma2", _LLAMA, "q_proj", 7, decoder=True),
+    Family("llama", LLAMA, "q_proj", 7, decoder=True),
+    Family("mistral", LLAMA, "q_proj", 7, decoder=True),
+    Family("qwen2", LLAMA, "q_proj", 7, decoder=True),
+    Family("qwen3", LLAMA, "q_proj", 7, decoder=True),
+    Family("gemma2", LLAMA, "q_proj", 7, decoder=True),
     Family("gpt_neox", _BERT, "query_key_value", 4, decoder=True),
 ]
 

@@ -151,6 +151,8 @@ def _config(folder: Path) -> PretrainedConfig:
     if config.is_encoder_decoder or not isinstance(getattr(config, "hidden_size", None), int):
         raise LocalError(f"The model in {folder} ({config.model_type}) is not a text encoder or decoder alone.")
     config.use_cache = False  # of keys and values, which only generating text needs
+    # Not as the folder likes: some ways take the padding out, or hide in one product whose rows come how often.
+    config._attn_implementation, config._experts_implementation = None, "eager"
     return config
 
 

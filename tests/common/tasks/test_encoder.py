@@ -54,6 +54,13 @@ def test_encoder_is_in_evaluation_mode_and_frozen(model: Path) -> None:
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
+def test_a_folder_does_not_choose_how_attention_is_computed(model: Path) -> None:
+    """Some ways leave padding out, so that how long the rows are decides the shapes."""
+    rewrite_config(model, attn_implementation="flash_attention_2")
+    assert load_encoder(model, tiny_plan(model), CPU).config._attn_implementation == "eager"
+    encoder_spec(model, tiny_plan(model))
+
+
 @pytest.mark.parametrize(
     ("targets", "found"),
     [

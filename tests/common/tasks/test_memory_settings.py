@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from foedus_common.errors import LocalError
 from foedus_common.plan import schedule
 from foedus_common.tasks.encoder import recompute_blocks, spec_of
-from foedus_common.tasks.local_trainer import LocalTrainer, check_spec
+from foedus_common.tasks.local_trainer import LocalTrainer, Shapes, check_spec
 from foedus_common.tasks.physical_batches import MOST_ROWS, ON_CPU, PhysicalBatches
 from foedus_common.tasks.private_training import AdapterGradients
 from foedus_common.tasks.rows import EncodedRows, padded_lengths
-from foedus_common.tasks.text_classification import TextClassifier
+from foedus_common.tasks.text_classification import DType, TextClassifier
 from privacy_audit.specimens import random_adapter
 from seeded import seeded
 from tiny_families import FAMILIES, Family, write_family
@@ -171,8 +169,8 @@ def test_the_device_or_the_site_says_how_many_tokens(model: Path) -> None:
 # --- One shape, as on GPUs ---
 
 
-def in_one_shape(folder: Path, tokens: int) -> TextClassifier:
-    classifier = TextClassifier.load(folder, tiny_agreed(folder).plan, "cpu", "float32")
+def in_one_shape(folder: Path, tokens: int, dtype: DType = "float32", **changes: Any) -> TextClassifier:
+    classifier = TextClassifier.load(folder, tiny_agreed(folder, **changes).plan, "cpu", dtype)
     classifier.batches = PhysicalBatches(tokens, one_shape=True)
     return classifier
 
@@ -190,36 +188,30 @@ def test_every_batch_of_a_length_has_the_same_shape(model: Path, phase: int) -> 
     assert PhysicalBatches(1 << 20, one_shape=True).rows(8) == MOST_ROWS
 
 
-class Shapes(TorchDispatchMode):
-    """Every operation on numbers that are rounded, in its order, and the shapes of what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
-        if any(part.is_floating_point() for part in given):
-            self.seen.append((str(function), tuple(tuple(part.shape) for part in given)))
-        return function(*args, **(kwargs or {}))
-
-
+@pytest.mark.parametrize("family", SOME, ids=lambda family: family.name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_operation_can_tell_how_many_rows_are_not_companions(model: Path, checkpointing: bool) -> None:
+def test_no_operation_can_tell_how_many_rows_are_not_companions_or_what_they_say(
+    family: Family, folders: dict[str, Path], dtype: DType, checkpointing: bool
+) -> None:
     """From token ids to each row's gradients, forth and back: shapes choose kernels, and the order of sums."""
-    agreed, classifier = tiny_agreed(model), in_one_shape(model, 64)
+    agreed = tiny_agreed(folders[family.name], adapter__targets=[family.query])
+    classifier = in_one_shape(folders[family.name], 64, dtype, adapter__targets=[family.query])
+    classifier.encoder.base_model.model.set_attn_implementation("sdpa")  # as on GPUs
     if checkpointing:
         recompute_blocks(classifier.encoder)
     round_plan, adapter = schedule(agreed.plan)[-1], random_adapter(classifier, 0)
-    gradients = AdapterGradients(classifier, adapter, classifier.encode([("eye", "Eye")] * 8), 1.0, round_plan)
+    encoded = classifier.encode([("eye", "Eye")] * 7 + [("!" * 40, "Eye")])
+    encoded.tokens[-1], encoded.padded[-1] = encoded.tokens[-1][:8], 8  # full: it has no padding
+    gradients = AdapterGradients(classifier, adapter, encoded, 1.0, round_plan)
     head = torch.from_numpy(adapter["head.weight"].astype(np.float64))
     found = []
-    for count in (1, 5, 8):
+    for chosen in ([0], [7], range(5), range(8)):
         with Shapes() as shapes:
-            gradients._of_each(np.arange(count), head)
+            gradients._of_each(np.array(chosen), head)
         found.append(shapes.seen)
     assert len(found[0]) > 100
-    assert found[0] == found[1] == found[2]
+    assert all(each == found[0] for each in found)
 
 
 def test_rows_that_fill_a_batch_up_change_nothing(model: Path) -> None:

@@ -18,6 +18,7 @@ from foedus_common.plan import AgreedPlan
 from foedus_common.tasks.local_trainer import check_layers, check_rows_apart, check_spec
 from foedus_common.tasks.per_example import PerExampleGradients
 from foedus_common.tasks.text_classification import TextClassifier
+from tiny_families import LLAMA, Family, write_family
 from tiny_model import HIDDEN, tiny_agreed, tiny_plan, write_tiny_model
 
 
@@ -68,6 +69,22 @@ def test_a_layer_that_mixes_rows_is_refused_by_name(
     block(classifier, number).intermediate = Mixing(block(classifier, number).intermediate)
     with pytest.raises(LocalError, match=rf"mixes rows in base_model\.model\.encoder\.layer\.{number};"):
         check_spec(classifier, agreed)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
+    ],
+)
+def test_experts_that_multiply_what_is_sent_to_them_are_refused(
+    name: str, experts: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = write_family(Family(name, LLAMA | experts, "q_proj", 9, decoder=True), tmp_path / "model")
+    agreed = tiny_agreed(folder, adapter__targets=["q_proj"])
+    with pytest.raises(LocalError, match=r"What rows say decides .* mixture of experts.* cannot be trained under DP"):
+        check_spec(TextClassifier.load(folder, agreed.plan, "cpu", "float32"), agreed)
 
 
 def test_rows_are_kept_apart_where_only_a_head_is_trained(model: Path) -> None:
