@@ -81,12 +81,14 @@ class LocalTrainer:
                 gradients = AdapterGradients(self.classifier, nothing, stand_ins, clip, round_plan)
                 gradients(spec.vector(nothing, "adapter").astype(np.float64), np.arange(len(stand_ins)))
                 return
+        self.classifier.features(nothing, stand_ins)
 
     def _clipped_sum(self, adapter: Tensors, round_plan: RoundPlan) -> ClippedSum:
         clip = self._agreed.plan.privacy.clip
         if round_plan.settings.train == "head":
             features = self.classifier.features(adapter, self.rows, self._progress)
             return HeadGradients(features, self.rows.labels, clip)
+        self.rows.features.clear()  # no longer of use, and how many there are must not decide what else fits the device
         return AdapterGradients(self.classifier, adapter, self.rows, clip, round_plan)
 
 

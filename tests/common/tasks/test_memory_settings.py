@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,14 @@ def test_rows_that_fill_a_batch_up_change_nothing(model: Path) -> None:
     np.testing.assert_allclose(updates[1], updates[0], atol=1e-4)
 
 
-def test_rows_that_are_nobody_s_find_out_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = in_one_shape(model, 256)
+@pytest.mark.parametrize("head_alone", [False, True])
+def test_rows_that_are_nobody_s_find_out_what_fits(
+    model: Path, head_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, agreed = in_one_shape(model, 256), tiny_agreed(model)
+    if head_alone:
+        plan = replace(agreed.plan, phase=(replace(agreed.plan.phase[0], budget_share=1.0),))
+        agreed = replace(agreed, plan=plan, trained=agreed.trained[:1])
     pooled = classifier.pooled
 
     def on_a_small_device(rows: EncodedRows, batch: np.ndarray) -> torch.Tensor:
@@ -232,8 +239,18 @@ def test_rows_that_are_nobody_s_find_out_what_fits(model: Path, monkeypatch: pyt
         return pooled(rows, batch)
 
     monkeypatch.setattr(classifier, "pooled", on_a_small_device)
-    LocalTrainer(classifier, tiny_agreed(model), [])
+    LocalTrainer(classifier, agreed, [])
     assert classifier.batches.tokens == 64
+
+
+def test_what_a_phase_of_the_head_kept_is_gone_in_one_of_the_adapter(model: Path) -> None:
+    """How many rows a site has would else decide what is left of the device, and so the shapes."""
+    agreed, classifier = tiny_agreed(model), in_one_shape(model, 256)
+    trainer, kept = LocalTrainer(classifier, agreed, rows(20)), []
+    for round_plan in (schedule(agreed.plan)[0], schedule(agreed.plan)[-1]):
+        trainer.train(random_adapter(classifier, 0), round_plan, seeded("round"))
+        kept.append(len(trainer.rows.features))
+    assert kept == [1, 0]
 
 
 @pytest.mark.parametrize("few", [False, True])
