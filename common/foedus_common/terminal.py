@@ -24,8 +24,8 @@ from foedus_common.errors import FoedusError
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 """The option of every command that prints a result."""
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
 GAP = "  "
 NO_TERMINAL = 10_000
 """Columns of what is no terminal: a pipe or a file breaks no lines."""
@@ -106,7 +106,7 @@ def _room() -> int:
 
 
 def print_line(text: str, style: str | None = None) -> None:
-    """A sentence as it is: brackets are no markup, and only a terminal breaks lines."""
+    """A sentence as it is: brackets are no markup, `:x:` is no emoji, and only a terminal breaks lines."""
     console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 

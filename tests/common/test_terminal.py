@@ -66,6 +66,16 @@ def test_only_a_terminal_breaks_a_sentence(screen: StringIO) -> None:
     assert (len(plain(screen)) == 1) is (not terminal.console.is_terminal)
 
 
+def test_what_others_wrote_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name, a purpose or a path may have any printable characters."""
+    terminal.print_line("ward:x:7 [red]")
+    terminal.print_facts({"purpose": "ward:x:7 [red]"})
+    terminal.print_aside("ward:x:7 [red]")
+    shown = capsys.readouterr()
+    assert shown.out.count("ward:x:7 [red]") == 2
+    assert shown.err.count("ward:x:7 [red]") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
