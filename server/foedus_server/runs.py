@@ -347,6 +347,7 @@ class _Conductor:
         if roster.epoch == self._roster.epoch:
             return
         self._signed_roster, self._roster = signed, roster
+        self._failures.clear()
         self._again.clear()
         self._show(roster.public_keys)
 

@@ -28,7 +28,7 @@ from foedus_client.store import SiteStore
 from foedus_common.checkpoints import accept_losses
 from foedus_common.clock import ManualClock
 from foedus_common.errors import LocalError
-from foedus_common.identity import public_bytes
+from foedus_common.identity import Roster, SignedRoster, public_bytes
 from foedus_common.journal import BrokenChain
 from foedus_common.link.contents import body_of, context_of
 from foedus_common.objects import ObjectStore
@@ -177,14 +177,17 @@ class Consortium:
 
     def conduct(self) -> str:
         """Conducts the run until it ends or the coordinator stops; its state then."""
-        signed = self.operator.registry.roster()
-        assert signed is not None
-        roster = signed.verify(public_bytes(self.operator.home.root_key()), now=self.clock.now(), highest_epoch=0)
         store, ours = self.operator.store, notary(self.operator.home, self.operator.store)
-        coordinator = Coordinator(store, self.objects, self.clock, PATIENCE, lambda: (signed, roster), ours)
+        coordinator = Coordinator(store, self.objects, self.clock, PATIENCE, self._roster, ours)
         with suppress(LocalError):  # the sentence is the run's reason
             server_app(coordinator)(grid=self.grid, context=context_of(self.agreed.run_id))
         return str(self.run.state)
+
+    def _roster(self) -> tuple[SignedRoster, Roster]:
+        signed = self.operator.registry.roster()
+        assert signed is not None
+        root = public_bytes(self.operator.home.root_key())
+        return signed, signed.verify(root, now=self.clock.now(), highest_epoch=0)
 
     @property
     def run(self) -> Any:
@@ -336,6 +339,28 @@ def test_a_site_whose_program_fails_on_the_proposal_is_asked_again_for_a_while(
     assert len(asked) == 6
     pauses = [later - earlier for earlier, later in pairwise(asked)]
     assert all(longer > 1.5 * pause for pause, longer in pairwise(pauses))
+
+
+def test_failures_on_an_earlier_roster_are_forgotten_with_a_new_one(consortium: Make) -> None:
+    """Whose disk was full for half a minute when the run began has all its tries again a week later."""
+    four, failing, asked = consortium(), [True] * 5 + [False, True, False], []
+    four.submit(plan_of(rounds=4))
+    four.connect(Candid(7, four.objects, four.clock))
+
+    def fail(site: str, message: Message) -> None:
+        if (site, message.metadata.message_type) == ("west", "query.propose"):
+            asked.append(site)
+            if failing[len(asked) - 1]:
+                raise LocalError("The disk is full.")
+        if (site, message.metadata.message_type) == ("north", "query.unmask"):
+            four.clock.advance(PATIENCE.retry_seconds)
+            if len(asked) == 6:
+                four.operator.registry.sign_roster(four.operator.home.root_key())
+
+    four.grid.fault = fail
+    assert four.conduct() == "finished"
+    assert len(asked) == 8
+    assert "west" in four.survivors[-1]
 
 
 def test_heads_that_come_late_are_awaited(consortium: Make) -> None:
