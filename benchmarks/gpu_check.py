@@ -1,6 +1,7 @@
 """`make gpu-check`: the checks that need an NVIDIA card, and what training takes on it; written to docs/results-gpu.md.
 
-Exit code 2 and one sentence where there is no card; 1 when a check fails, which the page then says.
+Exit code 2 and one sentence where there is no card; 1 when a check fails, which the page then says. A model that does
+not fit the card is left out, which it says too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import transformers
 
 import training_memory
+from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan
 from foedus_common.tasks.memory import LENGTH, MODELS, estimate, shape_of
 from foedus_common.tasks.physical_batches import ON_CPU
@@ -75,22 +77,39 @@ class Measured(NamedTuple):
     apart: float
 
 
-def training(scratch: Path) -> Iterator[Measured]:
+class Missing(NamedTuple):
+    """What was not measured, and why; failed: by a fault, not for want of room or of a package."""
+
+    what: str
+    why: str
+    failed: bool = False
+
+
+def training(scratch: Path) -> Iterator[Measured | Missing]:
     """What DP-SGD takes of the card, for models with random weights."""
     for model, targets, chosen in MEASURED:
+        written = 2 * shape_of(MODELS[model]).parameters
+        if 1.1 * written > min(torch.cuda.mem_get_info()[0], shutil.disk_usage(scratch).free):
+            yield Missing(model, f"its {written / 1e9:.0f} GB do not fit the card, or the disk for temporary files")
+            continue
         folder = training_memory.write_model(scratch / "model", MODELS[model], "cuda:0", torch.bfloat16)
         for name in chosen:
-            settings = training_memory.SETTINGS[name]
-            if settings.get("base_weights") == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
-                continue
-            found = measure(model, name, *training_memory.agree(folder, settings | TOKENS, "cuda:0", targets))
-            print(
-                f"{model}, {name}: {found.measured / 1e9:.2f} GB, {found.rows_a_second:,.0f} rows a second", flush=True
-            )
-            yield found
+            yield try_setting(model, name, folder, targets)
             gc.collect()  # hooks and modules hold each other
             torch.cuda.empty_cache()
         shutil.rmtree(folder)
+
+
+def try_setting(model: str, name: str, folder: Path, targets: tuple[str, ...]) -> Measured | Missing:
+    what, settings = f"{model}, {name}", training_memory.SETTINGS[name]
+    if settings.get("base_weights") == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
+        return Missing(what, "bitsandbytes is not installed")
+    try:
+        return measure(model, name, *training_memory.agree(folder, settings | TOKENS, "cuda:0", targets))
+    except (RuntimeError, LocalError) as error:  # loading in four bits tells of memory in a LocalError
+        if "out of memory" in str(error):
+            return Missing(what, "it does not fit the card")
+        return Missing(what, str(error).splitlines()[0], failed=True)
 
 
 def measure(model: str, setting: str, classifier: TextClassifier, agreed: AgreedPlan) -> Measured:
@@ -108,9 +127,19 @@ def measure(model: str, setting: str, classifier: TextClassifier, agreed: Agreed
     return Measured(model, setting, most, computed, ROWS / seconds, apart)
 
 
-def page(found: list[tuple[str, str]], measured: list[Measured]) -> str:
+def told(each: Measured | Missing) -> str:
+    if isinstance(each, Missing):
+        return f"{each.what}: not measured, {each.why}"
+    speed = f"{each.rows_a_second:,.0f} rows a second"
+    return f"{each.model}, {each.setting}: {each.measured / 1e9:.2f} GB, {speed}, {each.apart:.0e} clips apart"
+
+
+def page(found: list[tuple[str, str]], results: list[Measured | Missing]) -> str:
     card = torch.cuda.get_device_properties(0)
+    measured = [each for each in results if isinstance(each, Measured)]
+    missing = [each for each in results if isinstance(each, Missing)]
     failed = sum(outcome == "failed" for _, outcome in found) + sum(not each.apart < LIMIT for each in measured)
+    failed += sum(each.failed for each in missing)
     verdict = "All checks passed." if not failed else f"**{failed} checks failed.**"
     if skipped := sum(outcome.startswith("skipped") for _, outcome in found):
         verdict += f" {skipped} were skipped."
@@ -128,7 +157,7 @@ def page(found: list[tuple[str, str]], measured: list[Measured]) -> str:
         f"One DP-SGD step on {ROWS} rows of {LENGTH} tokens, {ON_CPU:,} tokens at a time, models with random weights:",
         "the memory that torch had allocated at most (the formula is `foedus_common.tasks.memory`'s; CUDA's own share",
         "comes on top), the speed, and how far the clipped sum over 20 rows of many lengths is from what they give one",
-        "by one: what a row adds must not depend on the others.",
+        f"by one: what a row adds must not depend on the others, so more than {LIMIT:.0e} fails.",
         "",
         "| model | setting | measured, GB | computed, GB | rows a second | apart, clips |",
         "|---|---|---:|---:|---:|---:|",
@@ -137,6 +166,7 @@ def page(found: list[tuple[str, str]], measured: list[Measured]) -> str:
             f"| {each.rows_a_second:,.0f} | {each.apart:.0e} |"
             for each in measured
         ),
+        *(f"\n{told(each)}." for each in missing),
     ]
     return "\n".join(lines) + "\n"
 
@@ -145,9 +175,17 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"This machine has no usable GPU, so nothing was checked and {PAGE.relative_to(ROOT)} is as it was.")
         return 2
+    try:
+        torch.ones(1, device="cuda:0").add_(1)
+    except RuntimeError as error:  # a card that this torch was not built for, or that is full
+        print(f"This machine's GPU cannot be used: {str(error).splitlines()[0]}")
+        return 2
     with tempfile.TemporaryDirectory() as scratch:
-        found, measured = checks(Path(scratch)), list(training(Path(scratch)))
-    PAGE.write_text(page(found, measured), encoding="utf-8")
+        found, results = checks(Path(scratch)), []
+        for each in training(Path(scratch)):
+            print(told(each), flush=True)
+            results.append(each)
+    PAGE.write_text(page(found, results), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)} says what was found.")
     return int("checks failed" in PAGE.read_text(encoding="utf-8"))
 
