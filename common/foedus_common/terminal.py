@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import click
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -77,7 +78,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: st
         return print_line(empty)
     cells = [[_shown(value) for value in row] for row in rows]
     contents = list(zip(columns, *cells, strict=True))
-    longest_words = [max(len(word) for cell in column for word in cell.split()) for column in contents]
+    longest_words = [max(cell_len(word) for cell in column for word in cell.split()) for column in contents]
     if sum(longest_words) + len(GAP) * (len(columns) - 1) > _room():
         return _print_blocks(columns, cells)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, len(GAP), 0, 0))

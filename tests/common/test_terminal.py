@@ -39,6 +39,12 @@ def test_a_table_breaks_no_word(screen: StringIO) -> None:
     assert {cell for row in rows for cell in row} <= words
 
 
+def test_letters_of_double_width_cut_nothing_off(screen: StringIO) -> None:
+    terminal.print_table(["key", "organisation"], [(SHA256, "東京大学医学部附属病院")], "None.")
+    words = {word for line in plain(screen) for word in line.split()}
+    assert {SHA256, "東京大学医学部附属病院"} <= words
+
+
 def test_what_is_broken_is_a_sentence(screen: StringIO) -> None:
     sentence = " ".join(["It waits for the sites' administrators."] * 4)
     row = ("icd-chapters", "2026-11-22T10:53:29+00:00", True, sentence)
