@@ -176,8 +176,13 @@ class Operator:
 
     def adapters(self, run: Run) -> list[ObjectRef]:
         """The adapter after each committed round; before the first, the one it starts from."""
-        committed = [attempt.adapter for attempt in self.store.runs.committed(run.run_id) if attempt.adapter]
-        return committed or [ObjectRef(self.agreed(run).first_adapter_sha256, adapter_bytes(self.spec(run)))]
+        return [adapter for _, adapter in self._adapters(run)]
+
+    def _adapters(self, run: Run) -> list[tuple[int, ObjectRef]]:
+        """The same, each after the number of rounds that led to it."""
+        attempts = self.store.runs.committed(run.run_id)
+        committed = [(attempt.round + 1, attempt.adapter) for attempt in attempts if attempt.adapter]
+        return committed or [(0, ObjectRef(self.agreed(run).first_adapter_sha256, adapter_bytes(self.spec(run))))]
 
     def export(self, run: Run, folder: Path) -> None:
         """Writes the newest adapter as a folder. Raises LocalError when the folder is not empty."""
@@ -192,9 +197,7 @@ class Operator:
 
         Raises LocalError when the rows do not fit the plan, or the model is not here.
         """
-        agreed, adapters = self.agreed(run), self.adapters(run)
-        first = int(adapters[0].sha256 != agreed.first_adapter_sha256)  # 0: what the run starts from
-        chosen = list(enumerate(adapters, start=first))[None if every_round else -1 :]
+        agreed, chosen = self.agreed(run), self._adapters(run)[None if every_round else -1 :]
         files = [self.objects.path(adapter) for _, adapter in chosen]
         scores = evaluate(self._model_folder(agreed.plan), agreed, files, data, text=text, label=label)
         results = [RoundScore(number, score) for (number, _), score in zip(chosen, scores, strict=True)]

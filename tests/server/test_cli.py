@@ -22,6 +22,7 @@ from foedus_common.checkpoints import sheet
 from foedus_common.clock import SystemClock, iso
 from foedus_common.enrolment import decode_token
 from foedus_common.identity import fingerprint
+from foedus_common.randomness import system_random
 from foedus_server import commands as actions
 from foedus_server.audit import notary
 from foedus_server.cli import operator as cli
@@ -210,6 +211,12 @@ def test_what_a_run_starts_from_is_judged_as_after_no_round(foedus: Foedus, monk
     )
     (judged,) = foedus("run", "evaluate", "7", "--data", "rows.csv", "--json").json
     assert (judged["round"], judged["accuracy"]) == (0, 0.25)
+    runs = foedus.operator.store.runs
+    (first,) = actions.Operator(foedus.operator.home, SystemClock(), system_random).adapters(runs.run(7))
+    attempt = runs.start_attempt(7, 0)
+    runs.commit_attempt(replace(attempt, adapter=first, survivors=("north",)))  # its rates were 0: it moved nothing
+    (judged,) = foedus("run", "evaluate", "7", "--data", "rows.csv", "--json").json
+    assert judged["round"] == 1
 
 
 # --- Copies ---
