@@ -108,7 +108,8 @@ def encode_rows(
     labels = np.array([index[label] for _, label in rows], np.int64)
     texts = [text for text, _ in rows]
     ids = tokenizer(texts, truncation=True, max_length=task.max_length)["input_ids"] if texts else []
-    tokens = [np.array(row or [PADDING], np.int64) for row in ids]  # a row without any token still has a last one
+    # Some tokenizers cut nothing where their special tokens alone are too many; a row without any still has a last one.
+    tokens = [np.array(row[: task.max_length] or [PADDING], np.int64) for row in ids]
     tokens = [np.where(row < known, row, 0) for row in tokens]
     lengths = np.array([len(row) for row in tokens], np.int64)
     return EncodedRows(tokens, labels, padded_lengths(lengths, task.max_length, few_lengths))

@@ -71,6 +71,12 @@ def test_padding_is_the_rows_own(classifier: TextClassifier) -> None:
     assert encoded.padded.tolist() == [4, 4, 8, 12, 32, 32, 32]  # two special tokens each; cut to max_length
 
 
+def test_rows_are_cut_below_their_special_tokens(model: Path) -> None:
+    classifier = TextClassifier.load(model, tiny_plan(model, task__max_length=1), "cpu", "float32")
+    encoded = classifier.encode([("eye", "Eye"), ("", "Eye")])
+    assert [len(row) for row in encoded.tokens] == encoded.padded.tolist() == [1, 1]
+
+
 def test_batches_hold_every_chosen_row_once(classifier: TextClassifier) -> None:
     encoded = classifier.encode(rows(30))
     chosen = np.arange(0, 30, 2)
