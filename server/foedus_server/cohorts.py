@@ -23,18 +23,20 @@ def strictest(agreed: AgreedPlan) -> int:
     return max(counted_sites(agreed, phase) for phase in range(len(agreed.plan.phase)))
 
 
-def shortfall(sites: Collection[str], agreed: AgreedPlan, roster: Roster) -> str:
+def shortfall(sites: Collection[str], agreed: AgreedPlan, roster: Roster, phase: int | None = None) -> str:
     """Why these sites make no round of the plan, without a stop at the end; "" where they do.
 
-    Of more sites than share a sum, only the number: who sums with whom is drawn later.
+    phase: the round's, counted from 0; None for the phase that asks most. Of more sites than share a sum, only the
+    number: who sums with whom is drawn later.
     """
     secure = agreed.plan.secure_aggregation
     if len(sites) < secure.min_sites:
         return f"its plan needs {secure.min_sites}"
     if len(sites) > secure.size.largest_cohort:
         return ""
+    honest = strictest(agreed) if phase is None else counted_sites(agreed, phase)
     try:
-        cohort_thresholds(sites, secure.colluding, strictest(agreed), protocol_roster(roster))
+        cohort_thresholds(sites, secure.colluding, honest, protocol_roster(roster))
     except RemoteError as error:
         return str(error)
     return ""

@@ -139,8 +139,8 @@ class _Conductor:
         if not resumed:
             runs.move(self._run_id, ["inviting"], "running")
 
-    def _shortfall(self, sites: Collection[str]) -> str:
-        return shortfall(sites, self.agreed, self._roster)
+    def _shortfall(self, sites: Collection[str], phase: int | None = None) -> str:
+        return shortfall(sites, self.agreed, self._roster, phase)
 
     def _show(self, sites: Collection[str]) -> None:
         roster = self._coordinator.objects.put(self._signed_roster.to_bytes())
@@ -208,7 +208,7 @@ class _Conductor:
         failed, attempts, pause = 0, 0, 0.0
         while failed < ATTEMPTS and attempts < MAX_DRAWS:
             self._pause(pause)
-            self._await_sites()
+            self._await_sites(round_plan.phase)
             attempt, result = self._attempt(round_plan)
             if isinstance(result, Committed):
                 self._commit(round_plan, attempt, result)
@@ -226,7 +226,7 @@ class _Conductor:
         organisations = self._roster.organisations
         self._silences.note(spoilers, round_plan.index, organisations)
         left = self._silences.without(self._members(), round_plan.index, organisations)
-        if spoilers and not self._shortfall(left):
+        if spoilers and not self._shortfall(left, round_plan.phase):
             return True
         self._silences.forgive()
         return False
@@ -238,8 +238,8 @@ class _Conductor:
             self._check_stopped()
             self._grid.wait(min(left, LOOK_SECONDS))
 
-    def _await_sites(self) -> None:
-        """Until the sites that are here make a round; each may be away for as long as it may take to train."""
+    def _await_sites(self, phase: int) -> None:
+        """Until the sites here make a round of the phase; each may be away for as long as it may take to train."""
         minutes = self.agreed.plan.run.deadline_minutes
         began = self._coordinator.clock.monotonic()
         while True:
@@ -248,7 +248,7 @@ class _Conductor:
             self._take_heads()
             self._follow_roster()
             here = self._presence.here() & set(self._members())
-            if not (short := self._shortfall(here)):
+            if not (short := self._shortfall(here, phase)):
                 return
             if self._coordinator.clock.monotonic() - began > minutes * 60:
                 raise LocalError(

@@ -548,6 +548,23 @@ def test_nobody_trains_for_a_round_that_cannot_be(
     assert (sites.attempts, sites.charges("north")) == ([], [])
 
 
+def test_a_round_waits_for_no_more_sites_than_its_own_phase_counts(consortium: Make) -> None:
+    """Six of seven are enough where only a site's own noise counts, and too few for the one-step round that follows."""
+    phases = [{**WITH_DP, "rounds": 2, "budget_share": 0.5}, {**WITH_DP, "rounds": 1, "steps": 1, "budget_share": 0.5}]
+    secure = {"min_sites": 5, "max_sites": 7, "colluding": 1, "field_bits": 32, "retries": 2}
+    seven = consortium((*CHAIN, "east", "west"))
+    seven.submit(plan_of(1, phase=phases, secure_aggregation=secure))
+    seven.grid.fault = once("south", "query.unmask", lambda: seven.grid.away.add("south"))
+
+    def come_back() -> None:
+        if seven.run.rounds_done == 2 and "south" in seven.grid.away:
+            seven.start_site("south")
+
+    seven.grid.on_wait = come_back
+    assert seven.conduct() == "finished", seven.run.reason
+    assert [len(survivors) for survivors in seven.survivors] == [7, 6, 7]
+
+
 def test_a_site_whose_disk_is_full_when_its_vector_is_stored_misses_the_round(
     consortium: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
