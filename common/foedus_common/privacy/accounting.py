@@ -45,10 +45,6 @@ BEYOND_PLD = 250.0
 ask for it."""
 
 
-FEW_PHASES = 8
-"""For so many it is found out within seconds in which one retries cost most; it takes the square of their number."""
-
-
 @dataclass(frozen=True)
 class GaussianSteps:
     """`steps` sums over a Poisson sample of the rows, each with Gaussian noise.
@@ -122,8 +118,7 @@ def _with_retries(agreed: AgreedPlan, of_release: Sequence[GaussianSteps], view:
     """Rounds per phase, and the retries where they cost most: which phase that is may differ by view.
 
     A ledger lets no retry take a run beyond what it is charged for, which is the row's view. Nothing holds retries to
-    what the central view expects, so there the costliest phase is found by what the whole run costs. Where that would
-    be asked for too many phases, every retry counts as one that costs more than any of theirs does.
+    what the central view expects, so there the costliest phase is found by what the whole run costs.
     """
     phases, delta = range(len(of_release)), agreed.plan.privacy.delta
 
@@ -132,20 +127,8 @@ def _with_retries(agreed: AgreedPlan, of_release: Sequence[GaussianSteps], view:
         return [repeated(of_release[p], agreed.plan.phase[p].rounds + retries[p]) for p in phases]
 
     if view == "central" and any(agreed.linear(phase) for phase in phases) and delta is not None:
-        if len(phases) > FEW_PHASES:
-            rounds = [repeated(event, phase.rounds) for event, phase in zip(of_release, agreed.plan.phase, strict=True)]
-            return [*rounds, repeated(_worst(of_release), agreed.plan.secure_aggregation.retries)]
         return max((all_in(phase) for phase in phases), key=lambda events: epsilon(events, delta))
     return [repeated(of_release[phase], agreed.releases(phase)) for phase in phases]
-
-
-def _worst(events: Sequence[GaussianSteps]) -> GaussianSteps:
-    """What costs at least as much as any of them: the least noise, the highest rate and the most steps there are."""
-    return GaussianSteps(
-        min(event.noise_multiplier for event in events),
-        max(event.sampling_rate for event in events),
-        max(event.steps for event in events),
-    )
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,16 @@ from scipy.stats import norm
 
 from foedus_client.round import encoded
 from foedus_common.errors import LocalError
-from foedus_common.plan import AgreedPlan, RoundPlan, RunPlan, parse_agreed_plan, schedule
-from foedus_common.privacy import accounting, noise
+from foedus_common.plan import AgreedPlan, RoundPlan, schedule
+from foedus_common.privacy import noise
 from foedus_common.privacy.accounting import calibrate, epsilon, epsilons, event_of_phase, events_of
 from foedus_common.privacy.noise import GRID, NoiseGrid, accounted_multiplier, fine_grid, noised_sum
 from foedus_common.protocol.masks import Words
 from foedus_common.ranges import half_range, honest_sites, noise_grid, tail
-from foedus_common.tables import parse
 from foedus_common.tasks.private_training import private_update
 from foedus_common.tasks.text_classification import no_progress
 from foedus_common.terms import field_layout
-from plans import agreed_plan, plan_table, run_plan
+from plans import agreed_plan, run_plan
 from seeded import seeded
 
 ONE_STEP = {"phase__0__steps": 1, "phase__1__steps": 1}
@@ -278,29 +277,3 @@ def test_the_central_epsilon_holds_in_whichever_phase_the_retries_fall() -> None
     for rounds in ((20 + 2, 8), (20, 8 + 2)):
         events = [dataclasses.replace(e, steps=e.steps * count) for e, count in zip(in_turn, rounds, strict=True)]
         assert epsilon(events, 1e-5) <= found.central
-
-
-def test_the_central_epsilon_of_many_phases_is_found_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked once for each phase it took hours for a plan that a stranger may send, and nobody could list any plan."""
-    one = plan_table()["phase"][0] | {"rounds": 1, "steps": 1, "budget_share": 1 / 300}
-    phases = [one | {"sampling_rate": 0.1 + number / 1000} for number in range(300)]
-    plan = parse(RunPlan, plan_table() | {"phase": phases}, "the plan")
-    multipliers = tuple(2 + number / 100 for number in range(300))
-    agreed = dataclasses.replace(
-        linear_plan(), plan=plan, noise_multipliers=multipliers, trained=linear_plan().trained[:1] * 300
-    )
-    monkeypatch.setattr(accounting, "epsilon", lambda *_: pytest.fail("an epsilon was asked for"))
-    asked = events_of(agreed, "central")
-    assert len(parse_agreed_plan(agreed.canonical()).plan.phase) == 300
-    assert sum(event.steps for event in asked) == 300 + 2
-
-
-def test_retries_of_many_phases_cost_no_less_than_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    agreed = linear_plan((0.5, 4.0), phase__0__sampling_rate=0.02, phase__1__steps=2, phase__1__sampling_rate=0.5)
-    exactly = epsilons(agreed)
-    monkeypatch.setattr(accounting, "FEW_PHASES", 1)
-    bound = epsilons(agreed)
-    assert exactly is not None
-    assert bound is not None
-    assert bound.local == exactly.local
-    assert bound.central > exactly.central
