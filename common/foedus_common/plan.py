@@ -29,6 +29,8 @@ ROUNDED_AFTER_THE_NOISE = ("foedus-trainer/1", "foedus-trainer/2")
 """Trainers before rounds of one step were sent as they were noised: what is said of their runs stays what it was."""
 
 MAX_PLAN_BYTES = 128 * 1024
+MAX_PHASES = 8
+"""In which of them a retry costs most is found out within seconds; it takes the square of their number."""
 MAX_ROUNDS = 10_000
 MAX_STEPS = 1_000_000
 """More are not accounted for within seconds."""
@@ -205,6 +207,8 @@ def _problems(plan: RunPlan) -> Iterator[str]:
         yield "needs at least one name or pattern in [adapter] targets."
     if not plan.phase:
         yield "has no [[phase]]; add at least one."
+    if len(plan.phase) > MAX_PHASES:
+        yield f"must have at most {MAX_PHASES} phases, not {len(plan.phase)}."
     if plan.rounds > MAX_ROUNDS:
         yield f"must have at most {MAX_ROUNDS} rounds over all phases."
     if not 3 <= secure.min_sites <= secure.max_sites <= MAX_SITES:

@@ -14,7 +14,7 @@ from foedus_common.plan import parse_agreed_plan, read_plan, schedule
 from foedus_common.protocol.thresholds import thresholds
 from foedus_common.ranges import half_range, honest_sites, tail
 from foedus_common.terms import round_terms
-from plans import agreed_plan, by_site, run_plan
+from plans import agreed_plan, by_site, plan_table, run_plan
 
 
 def test_the_agreed_plan_survives_its_own_bytes():
@@ -61,6 +61,7 @@ def test_the_digest_is_pinned():
         (by_site() | {"phase__1__warmup": 1.0}, "warmup in [0, 1)"),
         ({"task__labels": ["Eye", "Eye"]}, "different labels"),
         ({"phase": []}, "no [[phase]]"),
+        ({"phase": [plan_table()["phase"][0]] * 9}, "at most 8 phases, not 9"),
         ({"phase__0__rounds": 10**12}, "at most 10000 rounds"),
         ({"phase__0__steps": 10**12}, "at most 1000000 steps"),
         ({"secure_aggregation__retries": 10**12}, "retries between 0 and 10000"),
