@@ -45,7 +45,7 @@ ENVELOPES, BY_PEER = 1006, 116
 TWENTY_ROUNDS = """\
 `python benchmarks/simulated_sites.py 20` plays 20 such rounds one after another, with 30 % of the sites lost in each.
 On 2026-11-22 a round took 56.4 s of CPU time (52.9 s all sites together, 3.5 s the coordinator), on two cores that had
-much else to do; a round alone had taken 27.9 s there when they were free. Memory peaked at 202 MB at the coordinator
+much else to do; a round alone had taken 27.3 s there when they were free. Memory peaked at 202 MB at the coordinator
 and at 451 MB in the two processes of all sites, and did not grow: 178 and 440 MB in the fourth round, 179 and 443 MB in
 the twentieth."""
 """Played by hand: it takes ten minutes of a machine that does nothing else."""
