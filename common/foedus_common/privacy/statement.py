@@ -22,7 +22,7 @@ def about_epsilons(agreed: AgreedPlan) -> str:
         )
     honest, colluding = honest_sites(agreed), plan.secure_aggregation.colluding
     whose = "of each round" if plan.privacy.unit == "site" or len(linear) == len(plan.phase) else f"of {_named(linear)}"
-    helpers = f"at most {_organisations(colluding)} it, with all their sites" if colluding else "no site helps it"
+    helpers = _at_most(colluding) if colluding else "no organisation helps it"
     counted = "ledgers count" if plan.privacy.unit == "site" else "the plan's epsilon and all ledgers count"
     reason = (
         f"epsilon_central is smaller because the coordinator sees only totals {whose}, over {honest + colluding} sites "
@@ -34,8 +34,10 @@ def about_epsilons(agreed: AgreedPlan) -> str:
     return f"{reason} The other phases have several steps a round; in both epsilons they count so."
 
 
-def _organisations(colluding: int) -> str:
-    return "1 organisation helps" if colluding == 1 else f"{colluding} organisations help"
+def _at_most(colluding: int) -> str:
+    if colluding == 1:
+        return "at most 1 organisation helps it, with all its sites"
+    return f"at most {colluding} organisations help it, with all their sites"
 
 
 def _named(phases: list[int]) -> str:

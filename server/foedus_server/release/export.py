@@ -156,7 +156,7 @@ def _privacy(agreed: AgreedPlan, facts: Facts) -> Mapping[str, str]:
     secure, size = plan.secure_aggregation, plan.secure_aggregation.size
     sums = (
         f"on, {secure.field_bits}-bit fields; cohorts of {size.smallest_sum} to {size.largest_sum} sites; "
-        f"{secure.colluding} of their organisations may collude with the coordinator, with all their sites"
+        f"{secure.colluding} of their organisations may collude with the coordinator, each with all its sites"
     )
     return {
         **_guarantee(agreed, facts),

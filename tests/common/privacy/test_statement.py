@@ -33,7 +33,8 @@ def test_it_names_the_sites_that_hide_a_record_and_those_that_may_not_help() -> 
     assert "each record is hidden by the noise of at least 5 honest ones" in said
     assert "at most 2 organisations help it, with all their sites" in said
     assert "the plan's epsilon and all ledgers count a site's own noise alone" in said
-    assert "no site helps it" in about_epsilons(agreed_plan(**ALL_ONE, secure_aggregation__colluding=0))
+    assert "at most 1 organisation helps it, with all its sites;" in about_epsilons(agreed_plan(**ALL_ONE))
+    assert "no organisation helps it" in about_epsilons(agreed_plan(**ALL_ONE, secure_aggregation__colluding=0))
     by_sites = about_epsilons(agreed_plan(**by_site()))
     assert "each site is hidden by the noise of at least 2 honest ones" in by_sites
     assert "; ledgers count a site's own noise alone" in by_sites
