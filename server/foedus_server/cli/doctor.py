@@ -19,7 +19,7 @@ from foedus_common.certificates import read_certificate
 from foedus_common.checks import Finding, Note, examine, lasts, private, room
 from foedus_common.clock import DAY, Clock, iso
 from foedus_common.errors import LocalError
-from foedus_common.identity import SignedRoster, parse_roster
+from foedus_common.identity import Roster, SignedRoster
 from foedus_common.model_folder import manifest_sha256
 from foedus_common.objects import ObjectStore
 from foedus_server.audit import verify
@@ -52,7 +52,7 @@ def findings(path: Path, clock: Clock) -> Iterator[Finding]:
         return
     store = home.store(clock)
     yield examine("roster", lambda: _roster(home, store, clock))
-    yield examine("organisations", lambda: _organisations(store))
+    yield examine("organisations", lambda: _organisations(home, store))
     yield examine("sites", lambda: _sites(store, clock))
     for model in store.runs.models():
         yield examine(f"model {model.name}", partial(_model, model))
@@ -154,22 +154,23 @@ def _database(home: Home, clock: Clock) -> str:
 
 
 def _roster(home: Home, store: Store, clock: Clock) -> str:
-    newest = store.members.roster()
+    roster = _newest_roster(home, store)
     approved = {site.name: site.public_key for site in store.members.sites() if site.state == "approved"}
-    if newest is None:
-        raise Note("There is none yet; invite and approve sites, then `foedus roster sign`.")
-    roster = SignedRoster.from_bytes(newest[1]).verify(home.root_public_key(), now=0, highest_epoch=0)
     if astray := sorted({name for name, _ in approved.items() ^ roster.public_keys.items()}):
         raise LocalError(f"It does not say of {', '.join(astray)} what was decided since; `foedus roster sign` does.")
     what = f"Epoch {roster.epoch} with {len(approved)} sites"
     return lasts(what, roster.not_after, clock.now(), soon_days=30, advice="sign a new one with `foedus roster sign`")
 
 
-def _organisations(store: Store) -> str:
+def _newest_roster(home: Home, store: Store) -> Roster:
     newest = store.members.roster()
     if newest is None:
-        raise Note("There is no roster yet.")
-    return usual_round(parse_roster(SignedRoster.from_bytes(newest[1]).canonical))
+        raise Note("There is none yet; invite and approve sites, then `foedus roster sign`.")
+    return SignedRoster.from_bytes(newest[1]).verify(home.root_public_key(), now=0, highest_epoch=0)
+
+
+def _organisations(home: Home, store: Store) -> str:
+    return usual_round(_newest_roster(home, store))
 
 
 def _sites(store: Store, clock: Clock) -> str:

@@ -126,8 +126,7 @@ def run_submit(context: typer.Context, plan: PlanFile, as_json: Json = False) ->
     For example: foedus run submit plan.toml
     """
     read_plan(plan)  # the quick mistakes first
-    acting = operator(context)
-    run = acting.submit(plan)
+    run = operator(context).submit(plan)
     if as_json:
         return print_json({"run": str(run.run_id), "name": run.name})
     print_line(f"Run {run.run_id} ({run.name}) is submitted; its sites' administrators decide now.")

@@ -15,10 +15,11 @@ import torch
 from foedus_common.errors import LocalError
 from foedus_common.plan import schedule
 from foedus_common.tasks.encoder import recompute_blocks, spec_of
-from foedus_common.tasks.local_trainer import LocalTrainer, Shapes, check_spec
+from foedus_common.tasks.local_trainer import LocalTrainer, check_spec
 from foedus_common.tasks.physical_batches import MOST_ROWS, ON_CPU, PhysicalBatches
 from foedus_common.tasks.private_training import AdapterGradients
 from foedus_common.tasks.rows import EncodedRows, padded_lengths
+from foedus_common.tasks.rows_apart import Shapes
 from foedus_common.tasks.text_classification import DType, TextClassifier
 from privacy_audit.specimens import random_adapter
 from seeded import seeded

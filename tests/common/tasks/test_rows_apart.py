@@ -15,8 +15,9 @@ from transformers import AlbertConfig, AlbertModel
 
 from foedus_common.errors import LocalError
 from foedus_common.plan import AgreedPlan
-from foedus_common.tasks.local_trainer import check_layers, check_rows_apart, check_spec
+from foedus_common.tasks.local_trainer import check_spec
 from foedus_common.tasks.per_example import PerExampleGradients
+from foedus_common.tasks.rows_apart import check_layers, check_rows_apart
 from foedus_common.tasks.text_classification import TextClassifier
 from tiny_families import LLAMA, Family, write_family
 from tiny_model import HIDDEN, tiny_agreed, tiny_plan, write_tiny_model
